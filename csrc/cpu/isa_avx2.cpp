@@ -1,0 +1,11 @@
+#include "cpu/vec_avx2.h"
+
+#include "cpu/attention.inl"
+#include "cpu/linear.inl"
+#include "cpu/pointwise.inl"
+
+namespace engine {
+
+const Kernels kAvx2Kernels = {"avx2", &kLinear, &kAttention, &kPointwise};
+
+}  // namespace engine

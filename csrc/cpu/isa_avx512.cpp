@@ -1,0 +1,11 @@
+#include "cpu/vec_avx512.h"
+
+#include "cpu/attention.inl"
+#include "cpu/linear.inl"
+#include "cpu/pointwise.inl"
+
+namespace engine {
+
+const Kernels kAvx512Kernels = {"avx512", &kLinear, &kAttention, &kPointwise};
+
+}  // namespace engine

@@ -1,0 +1,74 @@
+#include "cpu/kernels.h"
+
+#include <cstdlib>
+#include <string_view>
+
+#include "base/check.h"
+
+#if defined(ENGINE_X86)
+#include <cpuid.h>
+#endif
+
+namespace engine {
+namespace {
+
+#if defined(ENGINE_X86)
+
+// The register files that the operating system saves on a context switch (XCR0); 0 when it cannot say.
+uint64_t saved_state() {
+  unsigned a, b, c, d;
+  constexpr unsigned osxsave = 1u << 27;
+  if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & osxsave)) return 0;
+  uint32_t low, high;
+  __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  return (static_cast<uint64_t>(high) << 32) | low;
+}
+
+bool saves(uint64_t mask) { return (saved_state() & mask) == mask; }
+
+// Bits of CPUID leaf 1 (ECX) and leaf 7 (EBX); Intel SDM volume 2A, CPUID.
+bool has_features(unsigned leaf1_ecx, unsigned leaf7_ebx) {
+  unsigned a, b, c, d, extended;
+  if (!__get_cpuid(1, &a, &b, &c, &d) || !__get_cpuid_count(7, 0, &a, &extended, &b, &d)) return false;
+  return (c & leaf1_ecx) == leaf1_ecx && (extended & leaf7_ebx) == leaf7_ebx;
+}
+
+bool runs_avx2() {
+  constexpr unsigned fma_avx_f16c = 1u << 12 | 1u << 28 | 1u << 29, avx2 = 1u << 5;
+  constexpr uint64_t xmm_ymm = 0x6;
+  return has_features(fma_avx_f16c, avx2) && saves(xmm_ymm);
+}
+
+bool runs_avx512() {
+  constexpr unsigned f_dq_bw_vl = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31;
+  constexpr uint64_t opmask_zmm = 0xe0;
+  return runs_avx2() && has_features(0, f_dq_bw_vl) && saves(opmask_zmm);
+}
+
+#endif
+
+}  // namespace
+
+std::vector<const Kernels*> supported_kernels() {
+  std::vector<const Kernels*> supported;
+#if defined(ENGINE_X86)
+  if (runs_avx512()) supported.push_back(&kAvx512Kernels);
+  if (runs_avx2()) supported.push_back(&kAvx2Kernels);
+#endif
+  supported.push_back(&kScalarKernels);
+  return supported;
+}
+
+const Kernels& select_kernels() {
+  const auto supported = supported_kernels();
+  const char* forced = std::getenv("LANGCHAIN_VLLM_ISA");
+  if (!forced || !*forced) return *supported.front();
+  std::string names;
+  for (const Kernels* kernels : supported) {
+    if (std::string_view(forced) == kernels->name) return *kernels;
+    names += (names.empty() ? "" : ", ") + std::string(kernels->name);
+  }
+  throw InputError("LANGCHAIN_VLLM_ISA is \"" + std::string(forced) + "\", but what can run here is " + names);
+}
+
+}  // namespace engine

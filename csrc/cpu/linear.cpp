@@ -1,0 +1,88 @@
+#include "cpu/linear.h"
+
+#include <algorithm>
+
+#include "base/check.h"
+#include "cpu/packed_weight.h"
+
+namespace engine {
+namespace {
+
+// Rows that one task multiplies: enough to pay for expanding the weights, few enough that their activations and sums
+// stay in the second-level cache.
+constexpr int kTaskRows = 192;
+constexpr int kExpandCols = 128;  // columns that embed() expands at a time
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// How panels [0, num_panels) are cut into runs of at most kTaskPanels: evenly, so that no thread waits for long.
+struct Division {
+  int64_t num_panels;
+  int64_t num_runs;
+  Division(int64_t panels, int threads)
+      : num_panels(panels), num_runs(std::min(panels, ceil_div(ceil_div(panels, kTaskPanels), threads) * threads)) {}
+  int64_t first(int64_t run) const { return run * num_panels / num_runs; }
+};
+
+// What panels [first, last) of one segment are to a row of y.
+LinearTask panels_of(const PackedWeight& weight, const Segment& segment, int64_t first, int64_t last) {
+  const int64_t row = first * kLanes;
+  const int64_t channels = std::min(last * kLanes, segment.rows) - row;
+  LinearTask task{};
+  task.format = segment.format;
+  task.panels = weight.panel(segment, first);
+  task.panel_bytes = segment.panel_bytes;
+  task.num_panels = static_cast<int>(last - first);
+  task.num_channels = static_cast<int>(channels);
+  task.cols = weight.cols;
+  task.bias = weight.bias.empty() ? nullptr : weight.bias.data() + segment.first_row + row;
+  task.y_stride = weight.rows;
+  return task;
+}
+
+// Rows [first_row, last_row) of y in the channels of panels [first, last), which may lie in several segments.
+void multiply(const Kernels& kernels, const PackedWeight& weight, int64_t first, int64_t last, const float* x,
+              float* y, int first_row, int last_row) {
+  for (const Segment& s : weight.segments) {
+    const int64_t begin = std::max<int64_t>(first - s.first_panel, 0);
+    const int64_t end = std::min(last - s.first_panel, s.num_panels);
+    if (begin >= end) continue;
+    LinearTask task = panels_of(weight, s, begin, end);
+    task.x = x + first_row * weight.cols;
+    task.y = y + first_row * weight.rows + s.first_row + begin * kLanes;
+    task.num_rows = last_row - first_row;
+    kernels.linear->multiply(task);
+  }
+}
+
+}  // namespace
+
+void linear(const Kernels& kernels, ThreadPool& pool, const Weight& weight, const float* x, float* y, int n) {
+  const auto& packed = static_cast<const PackedWeight&>(weight);
+  const Division panels(packed.num_panels, pool.size());
+  const int row_runs = static_cast<int>(ceil_div(n, kTaskRows));
+  pool.run(static_cast<int>(panels.num_runs) * row_runs, [&](int task, int) {
+    const int64_t run = task % panels.num_runs, row_run = task / panels.num_runs;
+    const int first_row = static_cast<int>(row_run * n / row_runs);
+    const int last_row = static_cast<int>((row_run + 1) * n / row_runs);
+    multiply(kernels, packed, panels.first(run), panels.first(run + 1), x, y, first_row, last_row);
+  });
+}
+
+void embed(const Kernels& kernels, const Weight& table, std::span<const int32_t> tokens, float* out) {
+  const auto& packed = static_cast<const PackedWeight&>(table);
+  check(packed.segments.size() == 1, "an embedding table has one source");
+  const Segment& segment = packed.segments[0];
+  alignas(64) float expanded[kExpandCols * kLanes];
+  for (const int32_t token : tokens) {
+    check(token >= 0 && token < table.rows, "token id out of range");
+    const std::byte* panel = packed.panel(segment, token / kLanes);
+    for (int64_t begin = 0; begin < table.cols; begin += kExpandCols) {
+      const int64_t end = std::min(begin + kExpandCols, table.cols);
+      kernels.linear->expand(segment.format, panel, begin, end, expanded);
+      for (int64_t k = 0; k < end - begin; ++k) *out++ = expanded[kLanes * k + token % kLanes];
+    }
+  }
+}
+
+}  // namespace engine

@@ -1,0 +1,236 @@
+// The multiply of one LinearTask, over F32x16: a chunk of columns is expanded into floats that stay in the first-level
+// cache, and one f32 kernel runs over them, whatever the format. Plain floats need not be expanded. Included by isa_*.cpp after a vec_*.h.
+
+#include "cpu/linear.h"
+#include "cpu/panel.h"
+
+namespace engine {
+namespace {
+
+constexpr int kChunk = 128;  // columns expanded at a time: 4 panels take 32 KiB
+
+// Four columns' unsigned quants, number `four` of a group, as the bytes of each channel's lane.
+inline I32x16 nibbles(const uint32_t (*q)[16], int four) {
+  return shift_right(load_i32(q[four / 2]), four % 2 * 4) & 0x0f0f0f0f;
+}
+inline I32x16 fifth_bits(const uint32_t (&high)[16], int four) {
+  return shift_left(shift_right(load_i32(high), four) & 0x01010101, 4);
+}
+inline I32x16 quants(const Panel<BlockQ8_0>& p, int, int four) { return load_i32(p.q[four]); }
+inline I32x16 quants(const Panel<BlockQ4_0>& p, int, int four) { return nibbles(p.q, four); }
+inline I32x16 quants(const Panel<BlockQ4_1>& p, int, int four) { return nibbles(p.q, four); }
+inline I32x16 quants(const Panel<BlockQ5_0>& p, int, int four) { return nibbles(p.q, four) | fifth_bits(p.high, four); }
+inline I32x16 quants(const Panel<BlockQ5_1>& p, int, int four) { return nibbles(p.q, four) | fifth_bits(p.high, four); }
+inline I32x16 quants(const Panel<BlockQ4_K>& p, int group, int four) { return nibbles(p.q[group], four); }
+inline I32x16 quants(const Panel<BlockQ5_K>& p, int group, int four) {
+  return nibbles(p.q[group], four) | fifth_bits(p.high[group], four);
+}
+inline I32x16 quants(const Panel<BlockQ6_K>& p, int group, int four) {
+  const I32x16 upper = shift_right(load_i32(p.high[group]), 2 * four) & 0x03030303;
+  return nibbles(p.q[group], four) | shift_left(upper, 4);
+}
+
+template <class Block>
+inline F32x16 scale(const Panel<Block>& p, int) {
+  return load_f16(p.d);
+}
+inline F32x16 scale(const Panel<BlockQ4_K>& p, int group) { return load_f16(p.d) * to_float(load_u8(p.scales[group])); }
+inline F32x16 scale(const Panel<BlockQ5_K>& p, int group) { return load_f16(p.d) * to_float(load_u8(p.scales[group])); }
+inline F32x16 scale(const Panel<BlockQ6_K>& p, int group) { return load_f16(p.d) * to_float(load_i8(p.scales[group])); }
+
+template <class Block>
+inline F32x16 offset(const Panel<Block>&, int) {
+  return broadcast(-0.0f);  // the one number whose addition changes nothing, not even a zero's sign
+}
+inline F32x16 offset(const Panel<BlockQ4_1>& p, int) { return load_f16(p.m); }
+inline F32x16 offset(const Panel<BlockQ5_1>& p, int) { return load_f16(p.m); }
+template <class Block>
+inline F32x16 minus_min(const Panel<Block>& p, int group) {
+  return load_f16(p.dmin) * to_float(load_u8(p.mins[group])) * broadcast(-1);
+}
+inline F32x16 offset(const Panel<BlockQ4_K>& p, int group) { return minus_min(p, group); }
+inline F32x16 offset(const Panel<BlockQ5_K>& p, int group) { return minus_min(p, group); }
+
+// A product of a quant and its scale is exact (at most 24 bits), so one rounding remains, that of the offset, and the
+// result is dequantize_row()'s with and without fused multiply-add.
+template <class Block>
+inline void expand_group(const Panel<Block>& p, int group, float* out) {
+  using Layout = BlockLayout<Block>;
+  const F32x16 s = scale(p, group) * broadcast(kByteScale);
+  const F32x16 t = offset(p, group);
+#pragma GCC unroll 8
+  for (int four = 0; four < Layout::kGroup / 4; ++four, out += 64) {
+    const I32x16 q = subtract_bytes(quants(p, group, four), Layout::kZero);
+    store(out, fma(byte_to_float<0>(q), s, t));
+    store(out + 16, fma(byte_to_float<1>(q), s, t));
+    store(out + 32, fma(byte_to_float<2>(q), s, t));
+    store(out + 48, fma(byte_to_float<3>(q), s, t));
+  }
+}
+
+template <class Block>
+void expand_quantised(const std::byte* panel, int64_t begin, int64_t end, float* out) {
+  using Layout = BlockLayout<Block>;
+  const auto* p = reinterpret_cast<const Panel<Block>*>(panel);
+  for (int64_t k = begin; k < end; k += Layout::kGroup, out += 16 * Layout::kGroup) {
+    expand_group(p[k / Layout::kCols], static_cast<int>(k % Layout::kCols / Layout::kGroup), out);
+  }
+}
+
+// How a plain float format is read, sixteen channels of a column at a time.
+struct ReadF32 {
+  using Number = float;
+  static F32x16 read(const float* p) { return load(p); }
+};
+struct ReadF16 {
+  using Number = uint16_t;
+  static F32x16 read(const uint16_t* p) { return load_f16(p); }
+};
+struct ReadBF16 {
+  using Number = uint16_t;
+  static F32x16 read(const uint16_t* p) { return load_bf16(p); }
+};
+
+template <class Read>
+void expand_plain(const std::byte* panel, int64_t begin, int64_t end, float* out) {
+  const auto* p = reinterpret_cast<const typename Read::Number*>(panel);
+  for (int64_t k = begin; k < end; ++k, out += 16) store(out, Read::read(p + 16 * k));
+}
+
+void expand(Format format, const std::byte* panel, int64_t begin, int64_t end, float* out) {
+  switch (format) {
+    case Format::F32:
+      return expand_plain<ReadF32>(panel, begin, end, out);
+    case Format::F16:
+      return expand_plain<ReadF16>(panel, begin, end, out);
+    case Format::BF16:
+      return expand_plain<ReadBF16>(panel, begin, end, out);
+    default:
+      visit_block(format, [=]<class Block>(Block) { expand_quantised<Block>(panel, begin, end, out); });
+  }
+}
+
+struct Tile {
+  const void* w;     // (panels, depth, 16), panels w_stride numbers apart
+  int64_t w_stride;
+  const float* x;    // (rows, depth), rows x_stride apart
+  int64_t x_stride;
+  float* y;          // (rows, channels), rows y_stride apart
+  int64_t y_stride;
+  int channels;
+  int depth;
+};
+
+inline F32x16 load_channels(const float* y, int count) { return count < 16 ? load_first(y, count) : load(y); }
+inline void store_channels(float* y, F32x16 sum, int count) {
+  count < 16 ? store_first(y, sum, count) : store(y, sum);
+}
+
+// y += x · wᵀ for P panels and R rows, whose sums stay in registers.
+template <class Read, int P, int R>
+void multiply_tile(const Tile& t) {
+  const auto* weights = static_cast<const typename Read::Number*>(t.w);
+  F32x16 sum[R][P];
+  for (int r = 0; r < R; ++r) {
+    for (int p = 0; p < P; ++p) sum[r][p] = load_channels(t.y + r * t.y_stride + 16 * p, t.channels - 16 * p);
+  }
+  for (int k = 0; k < t.depth; ++k) {
+    F32x16 w[P];
+    for (int p = 0; p < P; ++p) w[p] = Read::read(weights + p * t.w_stride + 16 * k);
+    for (int r = 0; r < R; ++r) {
+      const F32x16 x = broadcast(t.x[r * t.x_stride + k]);
+      for (int p = 0; p < P; ++p) sum[r][p] = fma(w[p], x, sum[r][p]);
+    }
+  }
+  for (int r = 0; r < R; ++r) {
+    for (int p = 0; p < P; ++p) store_channels(t.y + r * t.y_stride + 16 * p, sum[r][p], t.channels - 16 * p);
+  }
+}
+
+using TileFunction = void (*)(const Tile&);
+
+constexpr int kMaxRows = 6;
+
+// Null where the sums of P panels and R rows would not fit the registers.
+template <class Read, int P, int R>
+constexpr TileFunction tile_function() {
+  if constexpr (P * R <= kTileSums) {
+    return multiply_tile<Read, P, R>;
+  } else {
+    return nullptr;
+  }
+}
+
+template <class Read, int P>
+constexpr TileFunction kTilesOf[kMaxRows] = {tile_function<Read, P, 1>(), tile_function<Read, P, 2>(),
+                                             tile_function<Read, P, 3>(), tile_function<Read, P, 4>(),
+                                             tile_function<Read, P, 5>(), tile_function<Read, P, 6>()};
+
+template <class Read>
+constexpr const TileFunction* kTiles[kTaskPanels] = {kTilesOf<Read, 1>, kTilesOf<Read, 2>, kTilesOf<Read, 3>,
+                                                     kTilesOf<Read, 4>};
+
+constexpr int kTileRows = kTileSums < kMaxRows ? kTileSums : kMaxRows;
+
+inline int min_int(int a, int b) { return a < b ? a : b; }
+
+// All panels of a task for up to kTileRows rows, as many panels at a time as the registers hold.
+template <class Read>
+void multiply_rows(Tile tile, int rows, int num_panels) {
+  for (int p = 0; p < num_panels;) {
+    const int panels = min_int(num_panels - p, kTileSums / rows);
+    kTiles<Read>[panels - 1][rows - 1](tile);
+    p += panels;
+    tile.w = static_cast<const typename Read::Number*>(tile.w) + panels * tile.w_stride;
+    tile.y += 16 * panels;
+    tile.channels -= 16 * panels;
+  }
+}
+
+template <class Read>
+void multiply_chunk(const LinearTask& t, const void* w, int64_t w_stride, int64_t begin, int64_t end) {
+  Tile tile{w, w_stride, t.x + begin, t.cols, t.y, t.y_stride, t.num_channels, static_cast<int>(end - begin)};
+  for (int row = 0; row < t.num_rows; row += kTileRows) {
+    multiply_rows<Read>(tile, min_int(kTileRows, t.num_rows - row), t.num_panels);
+    tile.x += kTileRows * t.cols;
+    tile.y += kTileRows * t.y_stride;
+  }
+}
+
+inline int64_t chunk_end(const LinearTask& t, int64_t begin) { return t.cols - begin < kChunk ? t.cols : begin + kChunk; }
+
+// Reads the panels where they lie.
+template <class Read>
+void multiply_in_place(const LinearTask& t) {
+  const auto* w = reinterpret_cast<const typename Read::Number*>(t.panels);
+  for (int64_t begin = 0; begin < t.cols; begin += kChunk) {
+    multiply_chunk<Read>(t, w + 16 * begin, 16 * t.cols, begin, chunk_end(t, begin));
+  }
+}
+
+void multiply_expanded(const LinearTask& t) {
+  alignas(64) float w[kTaskPanels * 16 * kChunk];
+  for (int64_t begin = 0; begin < t.cols; begin += kChunk) {
+    const int64_t end = chunk_end(t, begin);
+    for (int p = 0; p < t.num_panels; ++p) {
+      expand(t.format, t.panels + static_cast<size_t>(p) * t.panel_bytes, begin, end, w + p * 16 * kChunk);
+    }
+    multiply_chunk<ReadF32>(t, w, 16 * kChunk, begin, end);
+  }
+}
+
+void multiply(const LinearTask& t) {
+  for (int r = 0; r < t.num_rows; ++r) {
+    for (int i = 0; i < t.num_channels; ++i) t.y[r * t.y_stride + i] = t.bias ? t.bias[i] : 0.0f;
+  }
+  const bool read_once = t.num_rows <= 2 * kTileRows;  // then a conversion is cheaper on the way than in advance
+  if (t.format == Format::F32) return multiply_in_place<ReadF32>(t);
+  if (t.format == Format::F16 && read_once) return multiply_in_place<ReadF16>(t);
+  if (t.format == Format::BF16 && read_once) return multiply_in_place<ReadBF16>(t);
+  multiply_expanded(t);
+}
+
+constexpr LinearKernels kLinear = {multiply, expand};
+
+}  // namespace
+}  // namespace engine

@@ -1,0 +1,182 @@
+// From rows of blocks, as a checkpoint has them, to the panels that linear.inl reads.
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <bit>
+#include <cstring>
+
+#include "base/check.h"
+#include "cpu/linear.h"
+#include "cpu/packed_weight.h"
+#include "cpu/panel.h"
+
+namespace engine {
+namespace {
+
+static_assert(std::endian::native == std::endian::little, "panels hold columns as the bytes of integers");
+
+constexpr size_t kCacheLine = 64;
+constexpr size_t kHugePage = size_t{2} << 20;
+
+template <class T>
+T read(const std::byte* data) {
+  T value;
+  std::memcpy(&value, data, sizeof value);
+  return value;
+}
+
+// Number `i` of runs of four columns, as an integer.
+uint32_t four(const uint8_t* q, int i) { return read<uint32_t>(reinterpret_cast<const std::byte*>(q + 4 * i)); }
+
+// Eight columns to a lane's 32 bits.
+void pack_nibbles(const uint8_t* q, int cols, uint32_t (*out)[16], int lane) {
+  for (int i = 0; i < cols / 8; ++i) {
+    out[i][lane] = (four(q, 2 * i) & 0x0f0f0f0f) | (four(q, 2 * i + 1) & 0x0f0f0f0f) << 4;
+  }
+}
+
+// What each quant has above its nibble, `bits` bits of it.
+void pack_high(const uint8_t* q, int cols, int bits, uint32_t (&out)[16], int lane) {
+  uint32_t packed = 0;
+  for (int i = 0; i < cols / 4; ++i) packed |= (four(q, i) >> 4 & 0x0f0f0f0f) << (bits * i);
+  out[lane] = packed;
+}
+
+void pack_quants(const uint8_t* q, Panel<BlockQ8_0>& p, int, int lane) {
+  for (int i = 0; i < 8; ++i) p.q[i][lane] = four(q, i);
+}
+void pack_quants(const uint8_t* q, Panel<BlockQ4_0>& p, int, int lane) { pack_nibbles(q, 32, p.q, lane); }
+void pack_quants(const uint8_t* q, Panel<BlockQ4_1>& p, int, int lane) { pack_nibbles(q, 32, p.q, lane); }
+void pack_quants(const uint8_t* q, Panel<BlockQ5_0>& p, int, int lane) {
+  pack_nibbles(q, 32, p.q, lane);
+  pack_high(q, 32, 1, p.high, lane);
+}
+void pack_quants(const uint8_t* q, Panel<BlockQ5_1>& p, int, int lane) {
+  pack_nibbles(q, 32, p.q, lane);
+  pack_high(q, 32, 1, p.high, lane);
+}
+void pack_quants(const uint8_t* q, Panel<BlockQ4_K>& p, int group, int lane) {
+  pack_nibbles(q, 32, p.q[group], lane);
+}
+void pack_quants(const uint8_t* q, Panel<BlockQ5_K>& p, int group, int lane) {
+  pack_nibbles(q, 32, p.q[group], lane);
+  pack_high(q, 32, 1, p.high[group], lane);
+}
+void pack_quants(const uint8_t* q, Panel<BlockQ6_K>& p, int group, int lane) {
+  pack_nibbles(q, 16, p.q[group], lane);
+  pack_high(q, 16, 2, p.high[group], lane);
+}
+
+// What scales a channel's quants, copied as it is stored.
+template <class Block>
+void pack_scales(const Block& b, Panel<Block>& p, int lane) {
+  p.d[lane] = b.d;
+  if constexpr (requires { p.m; }) p.m[lane] = b.m;
+  if constexpr (requires { p.dmin; }) {
+    p.dmin[lane] = b.dmin;
+    for (int g = 0; g < 8; ++g) p.scales[g][lane] = six_bits(b.scales, 0, g);
+    for (int g = 0; g < 8; ++g) p.mins[g][lane] = six_bits(b.scales, 1, g);
+  } else if constexpr (requires { p.scales; }) {
+    for (int g = 0; g < 16; ++g) p.scales[g][lane] = b.scales[g];
+  }
+}
+
+template <class Block>
+void pack_quantised(const std::byte* row, int64_t cols, int lane, std::byte* out) {
+  using Layout = BlockLayout<Block>;
+  auto* panel = reinterpret_cast<Panel<Block>*>(out);
+  for (int64_t k = 0; k < cols; k += Layout::kCols, row += sizeof(Block), ++panel) {
+    const auto block = read<Block>(row);
+    pack_scales(block, *panel, lane);
+    for (int g = 0; g < Layout::kCols / Layout::kGroup; ++g) {
+      uint8_t q[Layout::kGroup];
+      Layout::quants(block, g, q);
+      pack_quants(q, *panel, g, lane);
+    }
+  }
+}
+
+template <class T>
+void pack_plain(const std::byte* row, int64_t cols, int lane, std::byte* out) {
+  auto* lanes = reinterpret_cast<T*>(out) + lane;
+  for (int64_t k = 0; k < cols; ++k) lanes[kLanes * k] = read<T>(row + static_cast<size_t>(k) * sizeof(T));
+}
+
+void pack_row(Format format, const std::byte* row, int64_t cols, int lane, std::byte* out) {
+  switch (format) {
+    case Format::F32:
+      return pack_plain<uint32_t>(row, cols, lane, out);
+    case Format::F16:
+    case Format::BF16:
+      return pack_plain<uint16_t>(row, cols, lane, out);
+    default:
+      visit_block(format, [=]<class Block>(Block) { pack_quantised<Block>(row, cols, lane, out); });
+  }
+}
+
+// Panel number `index` of a segment. Rows beyond the last are zeros.
+void pack_panel(const Tensor& source, int64_t index, std::byte* out, size_t out_bytes) {
+  const int64_t first = index * kLanes;
+  const int lanes = static_cast<int>(std::min<int64_t>(kLanes, source.rows - first));
+  const size_t bytes = row_bytes(source.format, source.cols);
+  if (lanes < kLanes) std::memset(out, 0, out_bytes);
+  for (int lane = 0; lane < lanes; ++lane) {
+    pack_row(source.format, source.data + static_cast<size_t>(first + lane) * bytes, source.cols, lane, out);
+  }
+}
+
+// Large weights take huge pages where the system has them: fewer faults while loading, fewer TLB misses later.
+std::byte* allocate(size_t bytes) {
+  const size_t alignment = bytes >= kHugePage ? kHugePage : kCacheLine;
+  const size_t rounded = (bytes + alignment - 1) / alignment * alignment;
+  void* memory = std::aligned_alloc(alignment, rounded);
+  require(memory != nullptr, "out of memory: a weight takes " + std::to_string(rounded >> 20) + " MiB");
+  if (alignment == kHugePage) madvise(memory, rounded, MADV_HUGEPAGE);  // advice: it may fail
+  return static_cast<std::byte*>(memory);
+}
+
+Segment next_segment(const PackedWeight& weight, const Tensor& source) {
+  return {source.format,
+          weight.rows,
+          source.rows,
+          weight.num_panels,
+          (source.rows + kLanes - 1) / kLanes,
+          panel_bytes(source.format, source.cols),
+          weight.num_bytes};
+}
+
+}  // namespace
+
+size_t panel_bytes(Format format, int64_t cols) {
+  size_t bytes = kLanes * row_bytes(format, cols);
+  visit_block(format, [&]<class Block>(Block) {
+    bytes = static_cast<size_t>(cols / BlockLayout<Block>::kCols) * sizeof(Panel<Block>);
+  });
+  return bytes;
+}
+
+std::unique_ptr<Weight> pack_weight(ThreadPool& pool, std::span<const Tensor> sources, std::span<const float> bias) {
+  check(!sources.empty(), "a weight needs a source");
+  auto weight = std::make_unique<PackedWeight>();
+  weight->cols = sources[0].cols;
+  for (const Tensor& source : sources) {
+    check(source.cols == weight->cols, "stacked sources differ in columns");
+    const Segment& s = weight->segments.emplace_back(next_segment(*weight, source));
+    weight->rows += s.rows;
+    weight->num_panels += s.num_panels;
+    weight->num_bytes += static_cast<size_t>(s.num_panels) * s.panel_bytes;
+  }
+  check(bias.empty() || static_cast<int64_t>(bias.size()) == weight->rows, "a bias has one number per row");
+  weight->bias.assign(bias.begin(), bias.end());
+  weight->panels.reset(allocate(weight->num_bytes));
+  for (size_t i = 0; i < sources.size(); ++i) {
+    const Segment& s = weight->segments[i];
+    pool.run(static_cast<int>(s.num_panels), [&](int panel, int) {
+      pack_panel(sources[i], panel, weight->panels.get() + s.start + static_cast<size_t>(panel) * s.panel_bytes,
+                 s.panel_bytes);
+    });
+  }
+  return weight;
+}
+
+}  // namespace engine

@@ -1,0 +1,43 @@
+// What Device::pack makes: a matrix as panels (panel.h), ready to be multiplied by linear().
+#pragma once
+
+#include <cstdlib>
+#include <memory>
+#include <vector>
+
+#include "base/quant.h"
+#include "device/device.h"
+
+namespace engine {
+
+size_t panel_bytes(Format format, int64_t cols);
+
+// The rows of one source tensor, cut into panels of 16; the last panel is filled up with zeros.
+struct Segment {
+  Format format;
+  int64_t first_row;    // in the whole weight
+  int64_t rows;
+  int64_t first_panel;  // in the whole weight
+  int64_t num_panels;
+  size_t panel_bytes;
+  size_t start;         // of its panels in `panels`
+};
+
+class PackedWeight : public Weight {
+ public:
+  size_t bytes() const override { return num_bytes + bias.size() * sizeof(float); }
+  const std::byte* panel(const Segment& segment, int64_t index) const {
+    return panels.get() + segment.start + static_cast<size_t>(index) * segment.panel_bytes;
+  }
+
+  struct Free {
+    void operator()(void* memory) const { std::free(memory); }
+  };
+  std::vector<Segment> segments;
+  std::vector<float> bias;                     // (rows) or empty
+  size_t num_bytes = 0;
+  std::unique_ptr<std::byte[], Free> panels;   // (num_bytes), aligned to a cache line
+  int64_t num_panels = 0;
+};
+
+}  // namespace engine

@@ -1,0 +1,92 @@
+// How a weight lies in memory for the multiply. Sixteen output channels (kLanes) make a panel, which runs along the
+// columns: for plain floats one vector of sixteen per column, for the quantised formats the sixteen channels' blocks,
+// interleaved: Panel<Block>. A block keeps exactly its information and (Q4_K and Q5_K but for 3 %) its size.
+//
+// Quants are unsigned. A 32-bit lane belongs to one channel and holds four consecutive columns as bytes, the first one
+// lowest, or eight as nibbles: columns 0..3 in the low nibbles, 4..7 in the high ones. So one load, shift and mask gives
+// what an integer dot product of four bytes takes, for any format.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "base/blocks.h"
+
+namespace engine {
+
+template <class Block>
+struct Panel;
+
+// w = d · (q - 128)
+template <>
+struct Panel<BlockQ8_0> {
+  uint16_t d[16];
+  uint32_t q[8][16];  // [columns / 4][channel]
+};
+
+// w = d · (q - 8)
+template <>
+struct Panel<BlockQ4_0> {
+  uint16_t d[16];
+  uint32_t q[4][16];  // [columns / 8][channel]
+};
+
+// w = d · q + m
+template <>
+struct Panel<BlockQ4_1> {
+  uint16_t d[16], m[16];
+  uint32_t q[4][16];
+};
+
+// w = d · (q - 16). The fifth bit of byte j of the columns' four number c is bit 8j + c of its channel's high[].
+template <>
+struct Panel<BlockQ5_0> {
+  uint16_t d[16];
+  uint32_t high[16];
+  uint32_t q[4][16];
+};
+
+// w = d · q + m
+template <>
+struct Panel<BlockQ5_1> {
+  uint16_t d[16], m[16];
+  uint32_t high[16];
+  uint32_t q[4][16];
+};
+
+// w = d · scales[group] · q - dmin · mins[group]
+template <>
+struct Panel<BlockQ4_K> {
+  uint16_t d[16], dmin[16];
+  uint8_t scales[8][16], mins[8][16];
+  uint32_t q[8][4][16];  // [group][columns / 8][channel]
+};
+
+// As Q4_K with a fifth bit.
+template <>
+struct Panel<BlockQ5_K> {
+  uint16_t d[16], dmin[16];
+  uint8_t scales[8][16], mins[8][16];
+  uint32_t high[8][16];
+  uint32_t q[8][4][16];
+};
+
+// w = d · scales[group] · (q - 32). The two upper bits of byte j of four number c are bits 8j + 2c and 8j + 2c + 1.
+template <>
+struct Panel<BlockQ6_K> {
+  uint16_t d[16];
+  int8_t scales[16][16];
+  uint32_t high[16][16];
+  uint32_t q[16][2][16];
+};
+
+static_assert(sizeof(Panel<BlockQ8_0>) == 16 * sizeof(BlockQ8_0));
+static_assert(sizeof(Panel<BlockQ4_0>) == 16 * sizeof(BlockQ4_0));
+static_assert(sizeof(Panel<BlockQ4_1>) == 16 * sizeof(BlockQ4_1));
+static_assert(sizeof(Panel<BlockQ5_0>) == 16 * sizeof(BlockQ5_0));
+static_assert(sizeof(Panel<BlockQ5_1>) == 16 * sizeof(BlockQ5_1));
+static_assert(sizeof(Panel<BlockQ4_K>) == 16 * (sizeof(BlockQ4_K) + 4));
+static_assert(sizeof(Panel<BlockQ5_K>) == 16 * (sizeof(BlockQ5_K) + 4));
+static_assert(sizeof(Panel<BlockQ6_K>) == 16 * sizeof(BlockQ6_K));
+
+}  // namespace engine

@@ -1,0 +1,115 @@
+#include "cpu/thread_pool.h"
+
+#include <sched.h>
+
+#include <algorithm>
+#include <chrono>
+#include <string>
+#include <utility>
+
+#include "base/check.h"
+
+namespace engine {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+// A forward pass is a chain of short operations: the next one usually comes before a sleeper could wake up.
+// But on a machine with few cores somebody else may need the one that we spin on, hence the yields, and the
+// end.
+constexpr auto kPoll = std::chrono::microseconds(20);
+constexpr auto kYield = std::chrono::microseconds(100);
+
+// True as soon as ready() is; false after kYield. Reading the clock paces the loop as a pause instruction
+// would.
+template <class Ready>
+bool spin(Ready ready) {
+  const auto start = Clock::now();
+  while (!ready()) {
+    const auto waited = Clock::now() - start;
+    if (waited > kYield) return false;
+    if (waited > kPoll) std::this_thread::yield();
+  }
+  return true;
+}
+
+int usable_cores() {
+  cpu_set_t cores;
+  if (sched_getaffinity(0, sizeof cores, &cores) == 0) return std::max(1, CPU_COUNT(&cores));
+  return std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
+}
+
+}  // namespace
+
+ThreadPool::ThreadPool(int num_threads) {
+  require(num_threads >= 0,
+          "num_threads must be 0 (one per core) or more, not " + std::to_string(num_threads));
+  const int size = num_threads == 0 ? usable_cores() : num_threads;
+  threads_.reserve(size - 1);
+  for (int worker = 1; worker < size; ++worker) threads_.emplace_back([this, worker] { serve(worker); });
+}
+
+ThreadPool::~ThreadPool() {
+  stopping_ = true;
+  ++runs_;
+  runs_.notify_all();
+  for (std::thread& thread : threads_) thread.join();
+}
+
+void ThreadPool::run(int num_tasks, Call call, void* task) {
+  if (num_tasks <= 1 || threads_.empty()) {
+    for (int index = 0; index < num_tasks; ++index) call(task, index, 0);
+    return;
+  }
+  check(unfinished_ == 0, "ThreadPool::run called while it runs");
+  call_ = call;
+  task_ = task;
+  num_tasks_ = num_tasks;
+  unfinished_.store(num_tasks, std::memory_order_relaxed);
+  untaken_.store(num_tasks, std::memory_order_release);
+  runs_.fetch_add(1, std::memory_order_release);
+  runs_.notify_all();
+
+  work(0);
+  spin([this] { return unfinished_.load(std::memory_order_acquire) == 0; });
+  while (const int left = unfinished_.load(std::memory_order_acquire)) unfinished_.wait(left);
+  if (failed_.exchange(false)) std::rethrow_exception(std::exchange(error_, nullptr));
+}
+
+bool ThreadPool::take(int& index) {
+  int untaken = untaken_.load(std::memory_order_relaxed);
+  while (untaken > 0) {
+    if (untaken_.compare_exchange_weak(untaken, untaken - 1, std::memory_order_acq_rel,
+                                       std::memory_order_relaxed)) {
+      index = num_tasks_ - untaken;
+      return true;
+    }
+  }
+  return false;
+}
+
+void ThreadPool::work(int worker) {
+  for (int index; take(index);) {
+    try {
+      call_(task_, index, worker);
+    } catch (...) {
+      if (!failed_.exchange(true)) error_ = std::current_exception();
+    }
+    if (unfinished_.fetch_sub(1, std::memory_order_acq_rel) == 1) unfinished_.notify_one();
+  }
+}
+
+bool ThreadPool::wait_for_work() {
+  const auto called = [this] { return stopping_ || untaken_.load(std::memory_order_relaxed) > 0; };
+  while (!spin(called)) {
+    const int runs = runs_.load(std::memory_order_acquire);
+    if (!called()) runs_.wait(runs);
+  }
+  return !stopping_;
+}
+
+void ThreadPool::serve(int worker) {
+  while (wait_for_work()) work(worker);
+}
+
+}  // namespace engine

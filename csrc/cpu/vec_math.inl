@@ -1,0 +1,61 @@
+// Functions of sixteen lanes that more than one kernel needs. Every lane is computed alike, so a result does
+// not depend on the lane that it came by.
+#pragma once
+
+namespace engine {
+namespace {
+
+// e^x to 1 ulp; 0 below -86.5 (where e^x nears the subnormal numbers), e^88.37 above 88.37; NaN stays NaN.
+// Reduced to |r| <= ln(2)/2 by x = n ln(2) + r with ln(2) in two parts (Cody & Waite); then 1 + r + r² q(r),
+// q being the degree-4 polynomial of least maximal relative error, 3e-9.
+inline F32x16 exp(F32x16 x) {
+  constexpr float lowest = -86.5f, highest = 88.37f;
+  const F32x16 in = min(broadcast(highest), max(broadcast(lowest), x));
+  const F32x16 n = round(in * broadcast(1.44269504f));
+  F32x16 r = fma(n, broadcast(-0.693359375f), in);
+  r = fma(n, broadcast(2.12194440e-4f), r);
+  F32x16 q = broadcast(0.0013814599f);
+  q = fma(q, r, broadcast(0.008368717f));
+  q = fma(q, r, broadcast(0.04166839f));
+  q = fma(q, r, broadcast(0.16666521f));
+  q = fma(q, r, broadcast(0.49999994f));
+  const F32x16 power = fma(q * r, r, r) + broadcast(1);
+  return where_less(x, broadcast(lowest), zero(), scale_by_power(power, n));
+}
+
+// erfc(z) = t p(t) e^(-z²), t = 1 / (1 + 0.3 z), for z >= 0: the form of Abramowitz & Stegun 7.1.26, with the
+// degree-8 polynomial of least maximal relative error, 2e-8 for z <= 9.5.
+inline F32x16 erfc(F32x16 z) {
+  const F32x16 t = broadcast(1) / fma(z, broadcast(0.3f), broadcast(1));
+  F32x16 p = broadcast(-0.129434f);
+  p = fma(p, t, broadcast(0.4850961f));
+  p = fma(p, t, broadcast(-0.51122576f));
+  p = fma(p, t, broadcast(0.5463943f));
+  p = fma(p, t, broadcast(-0.09363074f));
+  p = fma(p, t, broadcast(0.21443607f));
+  p = fma(p, t, broadcast(0.14848249f));
+  p = fma(p, t, broadcast(0.17069192f));
+  p = fma(p, t, broadcast(0.16918962f));
+  return t * p * exp(zero() - z * z);
+}
+
+// Pairwise, in an order that all ISAs share.
+inline float sum(F32x16 a) {
+  float lanes[16];
+  to_lanes(a, lanes);
+  for (int half = 8; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  return lanes[0];
+}
+
+// The largest lane that is not NaN; -inf when there is none.
+inline float largest(F32x16 a) {
+  float lanes[16];
+  to_lanes(a, lanes);
+  float most = -__builtin_inff();
+  for (float lane : lanes) most = lane > most ? lane : most;
+  return most;
+}
+
+}  // namespace
+}  // namespace engine

@@ -1,0 +1,19 @@
+#include "device/device.h"
+
+#include "base/check.h"
+#include "cpu/cpu_device.h"
+
+namespace engine {
+
+void Device::add_norm(Norm kind, float eps, const float* weight, const float* bias, float* x,
+                      const float* delta, float* out, int n, int size) {
+  add(x, delta, n, size);
+  norm(kind, eps, weight, bias, x, out, n, size);
+}
+
+std::unique_ptr<Device> make_device(const std::string& kind, int num_threads) {
+  require(kind == "cpu", "there is no device \"" + kind + "\"; what can be used here is \"cpu\"");
+  return std::make_unique<CpuDevice>(select_kernels(), num_threads);
+}
+
+}  // namespace engine

@@ -1,0 +1,95 @@
+// The dozen operations that a transformer needs, and the memory they work on. Not tensor algebra: a variant
+// is another op or a field of ModelConfig read at construction, never a boolean that travels.
+//
+// Activations are f32, row-major, one row per token. Every op is batch-invariant: a row of its result depends
+// on that row's inputs alone, bit for bit, whatever else is in the batch. Pointers are the device's own (from
+// alloc()).
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <string>
+
+#include "base/tensor.h"
+#include "device/batch.h"
+#include "model/config.h"
+
+namespace engine {
+
+// A matrix in the form that the device multiplies with. Made by Device::pack, opaque to everybody else.
+class Weight {
+ public:
+  virtual ~Weight() = default;
+  virtual size_t bytes() const = 0;
+  int64_t rows = 0;  // output channels
+  int64_t cols = 0;  // input channels
+};
+
+// One key/value cache for all layers: (layer, block, key/value head) → kBlockSize keys and values of head_dim
+// numbers.
+class KvCache {
+ public:
+  virtual ~KvCache() = default;
+  Format format = Format::F32;  // F32, F16 or BF16
+  int32_t num_blocks = 0;
+};
+
+class Buffer {  // RAII over device memory; f32
+ public:
+  virtual ~Buffer() = default;
+  float* data = nullptr;
+  size_t size = 0;  // numbers
+};
+
+class Device {
+ public:
+  virtual ~Device() = default;
+  virtual std::string name() const = 0;
+
+  // Memory.
+  virtual std::unique_ptr<Buffer> alloc(size_t numbers) = 0;
+  virtual void copy_to_host(float* host, const float* device, size_t numbers) = 0;
+  virtual size_t memory_available() const = 0;  // bytes
+  // The sources stacked by rows (q, k and v become one weight), each kept in its own format; `bias` has one
+  // number per row of the whole or is empty.
+  virtual std::unique_ptr<Weight> pack(std::span<const Tensor> sources, std::span<const float> bias) = 0;
+  virtual std::unique_ptr<Buffer> upload(std::span<const float> host) = 0;
+  virtual size_t kv_bytes_per_block(const ModelConfig& config, Format format) const = 0;
+  virtual std::unique_ptr<KvCache> kv_alloc(const ModelConfig& config, Format format, int32_t num_blocks) = 0;
+
+  // Ops. `n` is the number of rows.
+  // out (n, cols): rows of `table` by token id.
+  virtual void embed(const Weight& table, std::span<const int32_t> tokens, float* out) = 0;
+  // out (n, size): norm(x), scaled by `weight` (size) and shifted by `bias` (size, or null).
+  virtual void norm(Norm kind, float eps, const float* weight, const float* bias, const float* x, float* out,
+                    int n, int size) = 0;
+  // x (n, size) += delta; out = norm(x). The default composes add and norm.
+  virtual void add_norm(Norm kind, float eps, const float* weight, const float* bias, float* x,
+                        const float* delta, float* out, int n, int size);
+  // y (n, weight.rows) = x (n, weight.cols) · weightᵀ + bias.
+  virtual void linear(const Weight& weight, const float* x, float* y, int n) = 0;
+  // Clips and rotates q and k of qkv (n, qkv_size) in place, and stores k and v in the cache of `layer`.
+  virtual void rope_store_kv(const ModelConfig& config, int layer, const Batch& batch, float* qkv,
+                             KvCache& cache) = 0;
+  // out (n, q_size): softmax(scale · q kᵀ + bias) v over each sequence's own cached tokens, causal, windowed.
+  virtual void attention(const ModelConfig& config, int layer, const Batch& batch, const float* qkv,
+                         const KvCache& cache, float* out) = 0;
+  // out (n, size): act(x), or act(x[:, :size]) * x[:, size:] when gated (x is then (n, 2·size)).
+  virtual void activation(Activation kind, bool gated, const float* x, float* out, int n, int size) = 0;
+  // x (n, size) += delta.
+  virtual void add(float* x, const float* delta, int n, int size) = 0;
+  // out (rows.size(), size): the named rows of x.
+  virtual void gather_rows(const float* x, std::span<const int32_t> rows, float* out, int size) = 0;
+  // x (n, size) *= factor.
+  virtual void scale(float* x, float factor, int n, int size) = 0;
+  // One token per row of logits (rows.size(), vocab). The logits are scratch afterwards.
+  virtual void sample(float* logits, int vocab, std::span<const SamplingRow> rows,
+                      std::span<Sampled> out) = 0;
+};
+
+// kind: "cpu". num_threads 0: one per core that this process may run on.
+std::unique_ptr<Device> make_device(const std::string& kind, int num_threads);
+
+}  // namespace engine

@@ -1,0 +1,37 @@
+#include "engine/batch.h"
+
+#include <numeric>
+
+namespace engine {
+namespace {
+
+void append(Batch& batch, const ScheduledSequence& scheduled) {
+  const Sequence& sequence = *scheduled.sequence;
+  const int32_t begin = sequence.num_computed, end = begin + scheduled.num_tokens;
+  batch.sequences.push_back({.first_token = batch.num_tokens(),
+                             .num_tokens = scheduled.num_tokens,
+                             .num_computed = begin,
+                             .first_block = static_cast<int32_t>(batch.block_tables.size())});
+  batch.tokens.insert(batch.tokens.end(), sequence.tokens.begin() + begin, sequence.tokens.begin() + end);
+  batch.positions.resize(batch.tokens.size());
+  std::iota(batch.positions.end() - scheduled.num_tokens, batch.positions.end(), begin);
+  const int32_t num_blocks = (end + kBlockSize - 1) / kBlockSize;
+  batch.block_tables.insert(batch.block_tables.end(), sequence.blocks.begin(),
+                            sequence.blocks.begin() + num_blocks);
+  if (!catches_up(scheduled)) return;
+  batch.logit_rows.push_back(batch.num_tokens() - 1);
+  batch.sampling.push_back({.params = &sequence.params,
+                            .tokens = sequence.tokens,
+                            .num_prompt = sequence.num_prompt,
+                            .position = sequence.tokens.size()});
+}
+
+}  // namespace
+
+Batch make_batch(const Step& step) {
+  Batch batch;
+  for (const ScheduledSequence& scheduled : step) append(batch, scheduled);
+  return batch;
+}
+
+}  // namespace engine

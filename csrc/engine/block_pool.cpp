@@ -1,0 +1,121 @@
+#include "engine/block_pool.h"
+
+#include "base/check.h"
+#include "base/random.h"
+
+namespace engine {
+
+// Spreads keys over buckets, no more: equality decides.
+size_t BlockKeyHash::operator()(const BlockKey& key) const {
+  uint64_t hash = mix64(key.prefix);
+  for (int32_t token : key.tokens) hash = (hash ^ static_cast<uint32_t>(token)) * 0x9e3779b97f4a7c15ULL;
+  return mix64(hash);
+}
+
+BlockPool::BlockPool(int32_t num_blocks) : blocks_(num_blocks) {
+  by_key_.reserve(num_blocks);
+  for (int32_t block = num_blocks - 1; block >= 0; --block) link(block);
+}
+
+int32_t BlockPool::allocate() {
+  const int32_t id = first_free_;
+  if (id < 0) return -1;
+  unlink(id);
+  Block& block = blocks_[id];
+  if (block.key) by_key_.erase(by_key_.find(*block.key));
+  block.key = nullptr;
+  block.references = 1;
+  return id;
+}
+
+int32_t BlockPool::find(const BlockKey& key) const {
+  const auto entry = by_key_.find(key);
+  return entry == by_key_.end() ? -1 : entry->second;
+}
+
+void BlockPool::acquire(int32_t block) {
+  if (blocks_[block].references++ == 0) unlink(block);
+}
+
+void BlockPool::release(int32_t block) {
+  check(blocks_[block].references > 0, "a free block is released");
+  if (--blocks_[block].references == 0) link(block);
+}
+
+PrefixId BlockPool::publish(int32_t block, const BlockKey& key) {
+  check(blocks_[block].references > 0 && !blocks_[block].key, "only a held, private block can be published");
+  const auto [entry, inserted] = by_key_.try_emplace(key, block);
+  if (inserted) {
+    blocks_[block].key = &entry->first;
+    blocks_[block].prefix = ++last_prefix_;
+  }
+  return blocks_[entry->second].prefix;
+}
+
+// Private blocks go to the front: nobody can find them again, so reusing one evicts nothing.
+void BlockPool::link(int32_t id) {
+  Block& block = blocks_[id];
+  block.previous = block.key ? last_free_ : -1;
+  block.next = block.key ? -1 : first_free_;
+  (block.previous < 0 ? first_free_ : blocks_[block.previous].next) = id;
+  (block.next < 0 ? last_free_ : blocks_[block.next].previous) = id;
+  ++num_free_;
+}
+
+void BlockPool::unlink(int32_t id) {
+  Block& block = blocks_[id];
+  (block.previous < 0 ? first_free_ : blocks_[block.previous].next) = block.next;
+  (block.next < 0 ? last_free_ : blocks_[block.next].previous) = block.previous;
+  block.previous = block.next = -1;
+  --num_free_;
+}
+
+void BlockPool::check_integrity(const std::vector<const std::vector<int32_t>*>& tables) const {
+  check_references(tables);
+  check_free_list();
+  check_keys();
+}
+
+void BlockPool::check_references(const std::vector<const std::vector<int32_t>*>& tables) const {
+  std::vector<int32_t> references(blocks_.size());
+  std::vector<size_t> last_table(blocks_.size());
+  for (size_t table = 0; table < tables.size(); ++table) {
+    for (int32_t block : *tables[table]) {
+      check(block >= 0 && block < num_blocks(), "a block table names a block outside the pool");
+      check(last_table[block] != table + 1, "a block table names a block twice");
+      last_table[block] = table + 1;
+      ++references[block];
+    }
+  }
+  for (size_t i = 0; i < blocks_.size(); ++i) {
+    check(blocks_[i].references == references[i], "a reference count differs from the block tables");
+    check(references[i] <= 1 || blocks_[i].key, "a private block is shared");
+  }
+}
+
+void BlockPool::check_free_list() const {
+  int32_t previous = -1, count = 0;
+  for (int32_t id = first_free_; id >= 0; previous = id, id = blocks_[id].next) {
+    check(++count <= num_free_, "the free list is longer than its count");
+    check(blocks_[id].references == 0, "a held block is in the free list");
+    check(blocks_[id].previous == previous, "the free list's links disagree");
+  }
+  check(previous == last_free_ && count == num_free_, "the free list is broken");
+  int32_t unreferenced = 0;
+  for (const Block& block : blocks_) unreferenced += block.references == 0;
+  check(unreferenced == num_free_, "a free block is lost");
+}
+
+void BlockPool::check_keys() const {
+  size_t published = 0;
+  for (size_t i = 0; i < blocks_.size(); ++i) {
+    const Block& block = blocks_[i];
+    if (!block.key) continue;
+    ++published;
+    check(find(*block.key) == static_cast<int32_t>(i), "a key leads to another block");
+    check(block.key->prefix < block.prefix, "a prefix is older than what it extends");
+  }
+  check(published == by_key_.size(), "a key leads to a private block");
+}
+
+}  // namespace engine

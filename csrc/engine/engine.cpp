@@ -1,0 +1,166 @@
+#include "engine/engine.h"
+
+#include <algorithm>
+#include <chrono>
+#include <stdexcept>
+
+#include "base/check.h"
+#include "engine/batch.h"
+#include "model/checkpoint.h"
+#include "model/weights.h"
+
+namespace engine {
+namespace {
+
+double now() {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+int64_t blocks_for(int64_t tokens) {
+  return (tokens + kBlockSize - 1) / kBlockSize;
+}
+
+std::string mib(int64_t bytes) {
+  return std::to_string((bytes + (1 << 20) - 1) >> 20) + " MiB";
+}
+
+// The cache's share of memory when the user names no budget: it is committed as it fills and never given
+// back, so a server that was told nothing stays modest.
+constexpr int64_t kDefaultCacheBytes = int64_t{2} << 30;
+
+// Fills in max_model_len and returns the number of cache blocks that suits the budget left for the cache.
+int32_t size_cache(EngineOptions& options, int64_t budget, int64_t bytes_per_block) {
+  const bool given = options.max_model_len > 0;
+  const int64_t longest = given ? options.max_model_len : options.max_position;
+  if (options.memory_bytes == 0)
+    budget = std::min(budget, std::max(kDefaultCacheBytes, blocks_for(longest) * bytes_per_block));
+  const int64_t most = blocks_for(longest) * options.max_num_seqs;  // more could never be used at once
+  const int64_t blocks = std::min({budget / bytes_per_block, most, int64_t{INT32_MAX / kBlockSize}});
+  require(blocks >= 1 && (!given || blocks >= blocks_for(longest)),
+          "the key/value cache of one sequence of " + std::to_string(longest) + " tokens needs " +
+              mib(blocks_for(longest) * bytes_per_block) + ", but " + mib(std::max<int64_t>(budget, 0)) +
+              " are left for it: raise --memory or lower --max-model-len");
+  options.max_model_len = static_cast<int32_t>(std::min(longest, blocks * kBlockSize));
+  return static_cast<int32_t>(blocks);
+}
+
+void validate_options(const EngineOptions& o) {
+  require(o.max_num_seqs >= 1, "max_num_seqs must be at least 1");
+  require(o.max_num_batched_tokens >= 1, "max_num_batched_tokens must be at least 1");
+  require(o.max_position >= 1, "max_position must be at least 1");
+  require(o.max_model_len >= 0 && o.max_model_len <= o.max_position,
+          "max_model_len " + std::to_string(o.max_model_len) + " is beyond the model's own limit of " +
+              std::to_string(o.max_position) + " tokens");
+  require(block_size(o.kv_format) == 1, "kv_format must be F32, F16 or BF16");
+}
+
+}  // namespace
+
+Engine::Engine(const ModelConfig& config, const TensorIndex& tensors, const EngineOptions& options,
+               Loading& loading)
+    : options_(options), config_(config) {
+  config_.validate();
+  validate_options(options_);
+  device_ = make_device(options_.device, options_.num_threads);
+  const auto available = static_cast<int64_t>(device_->memory_available());
+  const int64_t memory = options_.memory_bytes > 0 ? options_.memory_bytes : available / 2;
+  // A step never runs more sequences than tokens, and never samples more rows than sequences.
+  const int max_tokens = std::max(options_.max_num_batched_tokens, 1);
+  const int max_logits = std::min(options_.max_num_seqs, max_tokens);
+  const auto activations =
+      static_cast<int64_t>(Transformer::activation_bytes(config_, max_tokens, max_logits));
+  const int64_t stored = stored_bytes(tensors);
+  require(stored + activations < memory, "the weights (" + mib(stored) + ") and activations (" +
+                                             mib(activations) + ") do not fit in " + mib(memory) +
+                                             " of memory: raise --memory or take a smaller model");
+
+  Weights weights = load_weights(config_, tensors, options_.weight_format, *device_, loading);
+  weight_bytes_ = weights.bytes();
+  const auto bytes_per_block = static_cast<int64_t>(device_->kv_bytes_per_block(config_, options_.kv_format));
+  const int32_t num_blocks =
+      size_cache(options_, memory - static_cast<int64_t>(weight_bytes_) - activations, bytes_per_block);
+  transformer_ = std::make_unique<Transformer>(config_, std::move(weights), *device_, max_tokens, max_logits);
+  transformer_->kv_alloc(options_.kv_format, num_blocks);
+  scheduler_ = std::make_unique<Scheduler>(SchedulerOptions{
+      num_blocks, options_.max_num_seqs, options_.max_num_batched_tokens, options_.enable_prefix_caching});
+  cache_tokens_ = int64_t{num_blocks} * kBlockSize;
+  scheduler_->fill(stats_);
+  thread_ = std::thread([this] { run(); });
+}
+
+Engine::~Engine() {
+  stop();
+}
+
+void Engine::stop() {
+  inbox_.close();
+  if (thread_.joinable()) thread_.join();
+}
+
+void Engine::submit(Request request) {
+  validate(request, config_.vocab_size, options_.max_model_len, cache_tokens_);
+  uint64_t next = next_id_;
+  do {
+    if (request.id < next) throw std::invalid_argument("request_id must be larger than every one before it");
+  } while (!next_id_.compare_exchange_weak(next, request.id + 1));
+  if (!inbox_.post(std::move(request))) throw std::runtime_error("the engine has stopped: " + stats().error);
+}
+
+Stats Engine::stats() const {
+  const std::lock_guard lock(stats_mutex_);
+  return stats_;
+}
+
+void Engine::run() {
+  std::string error;
+  try {
+    loop();
+  } catch (const std::exception& e) {
+    error = e.what();
+  }
+  // Nothing that was asked is left without an answer, whatever ended the loop.
+  inbox_.close();
+  while (auto rest = inbox_.take(/*wait=*/false))
+    for (Letter& letter : *rest)
+      if (auto* request = std::get_if<Request>(&letter)) scheduler_->submit(std::move(*request));
+  std::vector<Event> last = scheduler_->fail_all();
+  {
+    const std::lock_guard lock(stats_mutex_);
+    scheduler_->fill(stats_);
+    stats_.alive = false;
+    stats_.error = error;
+  }
+  outbox_.post(std::move(last));
+}
+
+void Engine::loop() {
+  while (auto mail = inbox_.take(/*wait=*/!scheduler_->busy())) {
+    for (Letter& letter : *mail) apply(std::move(letter));
+    if (!scheduler_->busy()) {
+      publish_stats();  // a cancel may have emptied the house
+      continue;
+    }
+    const Step step = scheduler_->schedule(now());
+    const Batch batch = make_batch(step);
+    float* logits = transformer_->forward(batch);
+    std::vector<Sampled> next(batch.sampling.size());
+    device_->sample(logits, config_.vocab_size, batch.sampling, next);
+    outbox_.post(scheduler_->commit(step, next, now()));
+    publish_stats();
+  }
+}
+
+void Engine::apply(Letter letter) {
+  if (auto* request = std::get_if<Request>(&letter))
+    scheduler_->submit(std::move(*request));
+  else if (auto aborted = scheduler_->cancel(std::get<Cancel>(letter).id))
+    outbox_.post({std::move(*aborted)});
+}
+
+void Engine::publish_stats() {
+  const std::lock_guard lock(stats_mutex_);
+  scheduler_->fill(stats_);
+  stats_.last_step_time = now();
+}
+
+}  // namespace engine

@@ -1,0 +1,77 @@
+#include "engine/request.h"
+
+#include <cmath>
+#include <limits>
+#include <sstream>
+#include <stdexcept>
+
+namespace engine {
+namespace {
+
+template <typename... Parts>
+[[noreturn]] void refuse(const Parts&... parts) {
+  std::ostringstream message;
+  (message << ... << parts);
+  throw std::invalid_argument(message.str());
+}
+
+// NaN is in no range.
+template <typename T>
+void check_range(const char* name, T value, T low, T high) {
+  if (!(value >= low && value <= high))
+    refuse(name, " must be between ", low, " and ", high, ", got ", value);
+}
+
+template <typename T>
+void check_not_negative(const char* name, T value) {
+  if (!(value >= 0 && value <= std::numeric_limits<T>::max()))
+    refuse(name, " must be a finite number of at least 0, got ", value);
+}
+
+void check_token(const char* name, int32_t token, int32_t vocab_size) {
+  if (token < 0 || token >= vocab_size)
+    refuse(name, " must be token ids between 0 and ", vocab_size - 1, ", got ", token);
+}
+
+void validate_sampling(const SamplingParams& params, int32_t vocab_size) {
+  check_not_negative("temperature", params.temperature);
+  if (!(params.top_p > 0 && params.top_p <= 1))
+    refuse("top_p must be above 0 and at most 1, got ", params.top_p);
+  check_range("min_p", params.min_p, 0.0f, 1.0f);
+  check_not_negative("top_k", params.top_k);
+  check_range("presence_penalty", params.presence_penalty, -2.0f, 2.0f);
+  check_range("frequency_penalty", params.frequency_penalty, -2.0f, 2.0f);
+  if (!(params.repetition_penalty > 0 && std::isfinite(params.repetition_penalty)))
+    refuse("repetition_penalty must be a finite number above 0, got ", params.repetition_penalty);
+  for (const auto& [token, bias] : params.logit_bias) {
+    check_token("logit_bias keys", token, vocab_size);
+    if (!std::isfinite(bias)) refuse("logit_bias of token ", token, " must be finite, got ", bias);
+  }
+  check_range("num_logprobs", params.num_logprobs, -1, vocab_size);
+}
+
+void validate_stopping(const SamplingParams& params, int32_t vocab_size) {
+  if (params.max_tokens < 1) refuse("max_tokens must be at least 1, got ", params.max_tokens);
+  check_range("min_tokens", params.min_tokens, 0, params.max_tokens);
+  for (int32_t token : params.stop_token_ids) check_token("stop_token_ids", token, vocab_size);
+}
+
+}  // namespace
+
+void validate(const Request& request, int32_t vocab_size, int32_t max_model_len, int64_t cache_tokens) {
+  if (request.prompt.empty()) refuse("prompt must hold at least one token");
+  for (int32_t token : request.prompt) check_token("prompt", token, vocab_size);
+  validate_sampling(request.params, vocab_size);
+  validate_stopping(request.params, vocab_size);
+
+  const auto prompt = static_cast<int64_t>(request.prompt.size());
+  const int64_t max_tokens = request.params.max_tokens;
+  if (prompt + max_tokens > max_model_len)
+    refuse("prompt and max_tokens together must be at most max_model_len = ", max_model_len, " tokens, got ",
+           prompt, " + ", max_tokens);
+  if (prompt + max_tokens > cache_tokens)
+    refuse("prompt and max_tokens together must fit in the key/value cache of ", cache_tokens,
+           " tokens, got ", prompt, " + ", max_tokens, "; give the engine more memory");
+}
+
+}  // namespace engine

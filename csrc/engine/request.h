@@ -1,0 +1,60 @@
+// What goes into the engine and what comes out of it.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "base/quant.h"
+#include "device/sampling.h"
+
+namespace engine {
+
+struct Request {
+  uint64_t id = 0;
+  std::vector<int32_t> prompt;  // at least one token
+  SamplingParams params;
+};
+
+// Throws std::invalid_argument naming the parameter, its value and what is allowed, unless the request can
+// run to its end. `cache_tokens` is what the whole key/value cache holds.
+void validate(const Request& request, int32_t vocab_size, int32_t max_model_len, int64_t cache_tokens);
+
+enum class Finish : uint8_t { NONE, STOP, LENGTH, ABORT, ERROR };
+
+// What one step did for one request. Times are seconds of a steady clock.
+struct Event {
+  uint64_t request_id = 0;
+  std::vector<int32_t> tokens;                      // new ones; empty only in an ABORT or ERROR event
+  std::vector<std::vector<TokenLogprob>> logprobs;  // one entry per token when asked for, else empty
+  Finish finish = Finish::NONE;
+  int32_t num_cached_tokens = 0;  // of the prompt, found in the prefix cache
+  double scheduled_time = 0;      // when the request first ran
+  double time = 0;                // when the step ended; for ABORT and ERROR, the last one that did
+};
+
+struct EngineOptions {
+  std::string device = "cpu";
+  int32_t num_threads = 0;    // 0: one per core
+  int64_t memory_bytes = 0;   // weights, cache and activations; 0: half of what is available
+  int32_t max_model_len = 0;  // tokens of prompt and answer; 0: what the cache holds, at most max_position
+  int32_t max_position = 0;   // the model's own limit
+  int32_t max_num_seqs = 256;
+  int32_t max_num_batched_tokens = 2048;
+  Format kv_format = Format::F16;
+  std::string weight_format;  // "" keeps each tensor's own; F32, F16 or BF16 converts the plain-float ones
+  bool enable_prefix_caching = true;
+};
+
+struct Stats {
+  int32_t num_running = 0, num_waiting = 0;
+  int32_t num_blocks = 0, num_free_blocks = 0;
+  int64_t num_steps = 0, num_preemptions = 0;
+  int64_t prefix_cache_queries = 0, prefix_cache_hits = 0;  // tokens
+  int64_t prompt_tokens = 0, generation_tokens = 0;
+  double last_step_time = 0;  // steady clock, the heartbeat
+  bool alive = true;
+  std::string error;  // why the engine stopped
+};
+
+}  // namespace engine

@@ -1,0 +1,260 @@
+#include "engine/scheduler.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "base/check.h"
+
+namespace engine {
+
+namespace {
+
+int32_t blocks_for(int64_t num_tokens) {
+  return static_cast<int32_t>((num_tokens + kBlockSize - 1) / kBlockSize);
+}
+
+BlockKey key_of_block(const Sequence& sequence, int32_t index, PrefixId prefix) {
+  BlockKey key{.prefix = prefix};
+  std::copy_n(sequence.tokens.begin() + index * kBlockSize, kBlockSize, key.tokens.begin());
+  return key;
+}
+
+// The sampler masks stop tokens until min_tokens are out; only a mask that leaves nothing lets one through.
+Finish finish_reason(const Sequence& sequence) {
+  const SamplingParams& params = sequence.params;
+  if (sequence.num_output() > params.min_tokens &&
+      std::ranges::find(params.stop_token_ids, sequence.tokens.back()) != params.stop_token_ids.end())
+    return Finish::STOP;
+  return sequence.num_output() >= params.max_tokens ? Finish::LENGTH : Finish::NONE;
+}
+
+Event make_event(const Sequence& sequence, Finish finish, double now) {
+  Event event;
+  event.request_id = sequence.id;
+  event.finish = finish;
+  event.num_cached_tokens = sequence.num_cached;
+  event.scheduled_time = sequence.scheduled_time;
+  event.time = now;
+  return event;
+}
+
+}  // namespace
+
+Scheduler::Scheduler(const SchedulerOptions& options) : options_(options), pool_(options.num_blocks) {
+  check(options.max_num_seqs > 0 && options.max_num_batched_tokens > 0, "a step must have room for a token");
+}
+
+void Scheduler::submit(Request request) {
+  check(!request.prompt.empty(), "an empty prompt");
+  check(blocks_for(int64_t(request.prompt.size()) + request.params.max_tokens) <= pool_.num_blocks(),
+        "a request that the whole cache cannot hold");
+  const uint64_t id = request.id;
+  const auto [entry, inserted] = sequences_.try_emplace(id);
+  check(inserted, "request id " + std::to_string(id) + " is in use");
+  entry->second = std::make_unique<Sequence>(std::move(request));
+  waiting_.push_back(entry->second.get());
+}
+
+std::optional<Event> Scheduler::cancel(uint64_t id) {
+  const auto entry = sequences_.find(id);
+  if (entry == sequences_.end()) return std::nullopt;
+  Sequence& sequence = *entry->second;
+  if (std::erase(running_, &sequence) == 0) std::erase(waiting_, &sequence);
+  release(sequence);
+  const Event event = make_event(sequence, Finish::ABORT, stats_.last_step_time);
+  sequences_.erase(entry);
+  return event;
+}
+
+Step Scheduler::schedule(double now) {
+  Step step;
+  step.reserve(running_.size() + 1);
+  int32_t budget = options_.max_num_batched_tokens;
+  schedule_running(step, budget);
+  admit_waiting(step, budget, now);
+  check(!busy() || !step.empty(), "a step without tokens");
+  return step;
+}
+
+// Preemption takes from the back and never reaches behind i, so what is in the step already stays there.
+void Scheduler::schedule_running(Step& step, int32_t& budget) {
+  for (size_t i = 0; i < running_.size() && budget > 0; ++i) {
+    Sequence& sequence = *running_[i];
+    if (reserve(sequence)) run(sequence, step, budget);
+  }
+}
+
+void Scheduler::admit_waiting(Step& step, int32_t& budget, double now) {
+  while (budget > 0 && !waiting_.empty() && running_.size() < size_t(options_.max_num_seqs)) {
+    Sequence& sequence = *waiting_.front();
+    if (!reserve_at_admission(sequence)) return;
+    waiting_.pop_front();
+    running_.push_back(&sequence);
+    if (!std::exchange(sequence.admitted, true)) {
+      sequence.num_cached = sequence.num_computed;
+      sequence.scheduled_time = now;
+      stats_.prefix_cache_queries += options_.enable_prefix_caching ? sequence.num_prompt : 0;
+      stats_.prefix_cache_hits += sequence.num_cached;
+    }
+    run(sequence, step, budget);
+  }
+}
+
+void Scheduler::run(Sequence& sequence, Step& step, int32_t& budget) {
+  const int32_t num_tokens = std::min(sequence.size() - sequence.num_computed, budget);
+  budget -= num_tokens;
+  publish_full_blocks(sequence, num_tokens);
+  step.push_back({&sequence, num_tokens});
+}
+
+bool Scheduler::reserve(Sequence& sequence) {
+  while (sequence.blocks.size() < size_t(blocks_for(sequence.size()))) {
+    const int32_t block = pool_.allocate();
+    if (block >= 0) {
+      sequence.blocks.push_back(block);
+      continue;
+    }
+    const bool itself = running_.back() == &sequence;
+    preempt_youngest();
+    if (itself) return false;
+  }
+  return true;
+}
+
+// All blocks at once, and only if that leaves every running sequence room for one more: else the newcomer
+// would soon be preempted again, or take what an earlier one was admitted for. Alone it always fits.
+bool Scheduler::reserve_at_admission(Sequence& sequence) {
+  const auto room = static_cast<int32_t>(running_.size());
+  if (pool_.num_free() <= room) return false;  // at least one block is always new
+  find_cached_prefix(sequence);
+  std::vector<int32_t>& blocks = sequence.blocks;
+  const auto taken = std::ranges::count_if(blocks, [this](int32_t block) { return pool_.is_free(block); });
+  const int32_t num_new = blocks_for(sequence.size()) - static_cast<int32_t>(blocks.size());
+  if (taken + num_new + room > pool_.num_free()) {
+    blocks.clear();  // found, not yet acquired
+    return false;
+  }
+  sequence.num_published = static_cast<int32_t>(blocks.size());
+  sequence.num_computed = sequence.num_published * kBlockSize;
+  for (int32_t block : blocks) pool_.acquire(block);
+  for (int32_t i = 0; i < num_new; ++i) blocks.push_back(pool_.allocate());
+  return true;
+}
+
+// Fills the block table with the cached blocks of the sequence's prefix, without references. At least one
+// token is left to compute, for its logits.
+void Scheduler::find_cached_prefix(Sequence& sequence) {
+  sequence.prefix = kEmptyPrefix;
+  const int32_t limit = options_.enable_prefix_caching ? (sequence.size() - 1) / kBlockSize : 0;
+  for (int32_t i = 0; i < limit; ++i) {
+    const int32_t block = pool_.find(key_of_block(sequence, i, sequence.prefix));
+    if (block < 0) break;
+    sequence.blocks.push_back(block);
+    sequence.prefix = pool_.prefix(block);
+  }
+}
+
+void Scheduler::publish_full_blocks(Sequence& sequence, int32_t num_tokens) {
+  if (!options_.enable_prefix_caching) return;
+  const int32_t num_full = (sequence.num_computed + num_tokens) / kBlockSize;
+  for (int32_t& i = sequence.num_published; i < num_full; ++i)
+    sequence.prefix = pool_.publish(sequence.blocks[i], key_of_block(sequence, i, sequence.prefix));
+}
+
+void Scheduler::preempt_youngest() {
+  Sequence& sequence = *running_.back();
+  release(sequence);
+  running_.pop_back();
+  waiting_.push_front(&sequence);
+  ++stats_.num_preemptions;
+}
+
+// Last block first, so that a prefix is evicted from its tail: a head without its tail can be used, not the
+// reverse.
+void Scheduler::release(Sequence& sequence) {
+  for (; !sequence.blocks.empty(); sequence.blocks.pop_back()) pool_.release(sequence.blocks.back());
+  sequence.num_computed = 0;
+}
+
+std::vector<Event> Scheduler::commit(const Step& step, std::span<Sampled> sampled, double now) {
+  std::vector<Event> events;
+  events.reserve(sampled.size());
+  for (const ScheduledSequence& scheduled : step) {
+    const bool caught_up = catches_up(scheduled);
+    scheduled.sequence->num_computed += scheduled.num_tokens;
+    if (!caught_up) continue;
+    check(events.size() < sampled.size(), "fewer tokens sampled than sequences caught up");
+    events.push_back(append(*scheduled.sequence, std::move(sampled[events.size()]), now));
+  }
+  check(events.size() == sampled.size(), "more tokens sampled than sequences caught up");
+  remove_finished();
+  ++stats_.num_steps;
+  stats_.last_step_time = now;
+  return events;
+}
+
+Event Scheduler::append(Sequence& sequence, Sampled sampled, double now) {
+  if (sequence.num_output() == 0) stats_.prompt_tokens += sequence.num_prompt;
+  ++stats_.generation_tokens;
+  sequence.tokens.push_back(sampled.token);
+  sequence.finish = finish_reason(sequence);
+  Event event = make_event(sequence, sequence.finish, now);
+  event.tokens.push_back(sampled.token);
+  if (!sampled.logprobs.empty()) event.logprobs.push_back(std::move(sampled.logprobs));
+  return event;
+}
+
+void Scheduler::remove_finished() {
+  std::erase_if(running_, [this](Sequence* sequence) {
+    if (sequence->finish == Finish::NONE) return false;
+    release(*sequence);
+    sequences_.erase(uint64_t{sequence->id});
+    return true;
+  });
+}
+
+std::vector<Event> Scheduler::fail_all() {
+  std::vector<Event> events;
+  waiting_.insert(waiting_.begin(), running_.begin(), running_.end());
+  for (Sequence* sequence : waiting_) {
+    events.push_back(make_event(*sequence, Finish::ERROR, stats_.last_step_time));
+    release(*sequence);
+  }
+  running_.clear();
+  waiting_.clear();
+  sequences_.clear();
+  return events;
+}
+
+void Scheduler::fill(Stats& stats) const {
+  stats.num_running = static_cast<int32_t>(running_.size());
+  stats.num_waiting = static_cast<int32_t>(waiting_.size());
+  stats.num_blocks = pool_.num_blocks();
+  stats.num_free_blocks = pool_.num_free();
+  stats.num_steps = stats_.num_steps;
+  stats.num_preemptions = stats_.num_preemptions;
+  stats.prefix_cache_queries = stats_.prefix_cache_queries;
+  stats.prefix_cache_hits = stats_.prefix_cache_hits;
+  stats.prompt_tokens = stats_.prompt_tokens;
+  stats.generation_tokens = stats_.generation_tokens;
+  stats.last_step_time = stats_.last_step_time;
+}
+
+void Scheduler::check_integrity() const {
+  std::vector<const std::vector<int32_t>*> tables;
+  for (const Sequence* sequence : running_) {
+    tables.push_back(&sequence->blocks);
+    check(sequence->num_computed < sequence->size(), "a running sequence has nothing left to compute");
+    check(sequence->num_published <= sequence->num_computed / kBlockSize,
+          "a block is shared before it is computed");
+    check(sequence->num_computed <= int64_t(sequence->blocks.size()) * kBlockSize,
+          "computed tokens have no block");
+  }
+  for (const Sequence* sequence : waiting_)
+    check(sequence->blocks.empty() && sequence->num_computed == 0, "a waiting sequence holds blocks");
+  check(running_.size() + waiting_.size() == sequences_.size(), "a sequence is neither running nor waiting");
+  check(running_.size() <= size_t(options_.max_num_seqs), "more sequences run than max_num_seqs");
+  pool_.check_integrity(tables);
+}
+
+}  // namespace engine

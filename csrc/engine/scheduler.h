@@ -1,0 +1,86 @@
+// Which tokens of which sequences run in the next step. One rule: every sequence's num_computed catches up
+// with its size, oldest first, within the step's token budget. Chunked prefill, prefix-cache hits and
+// preemption by recompute follow from it.
+//
+// First come, first served, without exception: running_ followed by waiting_ is always the order of arrival.
+#pragma once
+
+#include <cstdint>
+#include <deque>
+#include <memory>
+#include <optional>
+#include <span>
+#include <unordered_map>
+#include <vector>
+
+#include "engine/block_pool.h"
+#include "engine/request.h"
+#include "engine/sequence.h"
+
+namespace engine {
+
+struct SchedulerOptions {
+  int32_t num_blocks = 0;
+  int32_t max_num_seqs = 256;
+  int32_t max_num_batched_tokens = 2048;
+  bool enable_prefix_caching = true;
+};
+
+struct ScheduledSequence {
+  Sequence* sequence;
+  int32_t num_tokens;  // tokens [num_computed, num_computed + num_tokens) run in this step
+};
+
+using Step = std::vector<ScheduledSequence>;
+
+// True when the step runs the sequence's last token, so that its next one can be sampled.
+inline bool catches_up(const ScheduledSequence& scheduled) {
+  return scheduled.sequence->num_computed + scheduled.num_tokens == scheduled.sequence->size();
+}
+
+// schedule() and commit() alternate; submit() and cancel() come between a commit and the next schedule.
+class Scheduler {
+ public:
+  explicit Scheduler(const SchedulerOptions& options);
+
+  // The request must have passed validate(); a second live request of the same id is an InvariantError.
+  void submit(Request request);
+  // The ABORT event; nothing for unknown ids: the request may have finished meanwhile.
+  std::optional<Event> cancel(uint64_t id);
+  bool busy() const { return !sequences_.empty(); }
+
+  // Oldest first. Never empty while busy(). A full block can be shared from here on, not from commit() on:
+  // within a step the keys and values of a layer are all stored before attention reads any.
+  Step schedule(double now);
+  // Takes one sampled token for each sequence that caught up in this step (in step order), finishes what is
+  // finished, and returns what happened.
+  std::vector<Event> commit(const Step& step, std::span<Sampled> sampled, double now);
+  // Ends everything with ERROR, even in the middle of a step; used when the engine cannot go on.
+  std::vector<Event> fail_all();
+
+  void fill(Stats& stats) const;  // all but alive and error
+  void check_integrity() const;
+
+ private:
+  void schedule_running(Step& step, int32_t& budget);
+  void admit_waiting(Step& step, int32_t& budget, double now);
+  void run(Sequence& sequence, Step& step, int32_t& budget);
+  bool reserve(
+      Sequence& sequence);  // a block for each of its tokens; false when that took its own preemption
+  bool reserve_at_admission(Sequence& sequence);
+  void find_cached_prefix(Sequence& sequence);
+  void publish_full_blocks(Sequence& sequence, int32_t num_tokens);
+  void preempt_youngest();
+  void release(Sequence& sequence);
+  Event append(Sequence& sequence, Sampled sampled, double now);
+  void remove_finished();
+
+  SchedulerOptions options_;
+  BlockPool pool_;
+  std::unordered_map<uint64_t, std::unique_ptr<Sequence>> sequences_;
+  std::deque<Sequence*> waiting_;   // oldest first; preempted ones return to the front
+  std::vector<Sequence*> running_;  // oldest first
+  Stats stats_;                     // what fill() cannot count from the above
+};
+
+}  // namespace engine

@@ -1,0 +1,37 @@
+// One request on its way through the engine. Owned by the engine thread.
+#pragma once
+
+#include <cstdint>
+#include <utility>
+#include <vector>
+
+#include "engine/block_pool.h"
+#include "engine/request.h"
+
+namespace engine {
+
+struct Sequence {
+  explicit Sequence(Request request)
+      : id(request.id),
+        tokens(std::move(request.prompt)),
+        num_prompt(static_cast<int32_t>(tokens.size())),
+        params(std::move(request.params)) {}
+
+  uint64_t id;
+  std::vector<int32_t> tokens;  // prompt, then what was generated
+  int32_t num_prompt;
+  SamplingParams params;
+  int32_t num_computed = 0;        // tokens whose keys and values are in the cache; catches up with size()
+  std::vector<int32_t> blocks;     // block table: ids in the pool, enough for all tokens while it runs
+  int32_t num_published = 0;       // leading blocks that others can find, or whose twins they can
+  PrefixId prefix = kEmptyPrefix;  // the tokens of those blocks
+  int32_t num_cached = 0;          // prompt tokens found in the prefix cache at first admission
+  bool admitted = false;           // has run at least once
+  double scheduled_time = 0;       // when it first ran
+  Finish finish = Finish::NONE;
+
+  int32_t size() const { return static_cast<int32_t>(tokens.size()); }
+  int32_t num_output() const { return size() - num_prompt; }
+};
+
+}  // namespace engine

@@ -1,0 +1,108 @@
+#include "model/transformer.h"
+
+#include "base/check.h"
+#include "model/weights.h"
+
+namespace engine {
+
+// Scratch of one step, sized once for the largest batch.
+struct Transformer::Activations {
+  Activations(const ModelConfig& c, Device& d, int max_tokens, int max_logits)
+      : max_tokens(max_tokens),
+        max_logits(max_logits),
+        residual(d.alloc(size(max_tokens, c.hidden_size))),
+        normed(d.alloc(size(max_tokens, c.hidden_size))),
+        delta(d.alloc(size(max_tokens, c.hidden_size))),
+        qkv(d.alloc(size(max_tokens, c.qkv_size()))),
+        attended(d.alloc(size(max_tokens, c.q_size()))),
+        mlp_in(d.alloc(size(max_tokens, c.mlp_in_size()))),
+        mlp_mid(d.alloc(size(max_tokens, c.intermediate_size))),
+        last(d.alloc(size(max_logits, c.hidden_size))),
+        logits(d.alloc(size(max_logits, c.vocab_size))) {}
+
+  static size_t size(int rows, int cols) { return static_cast<size_t>(rows) * static_cast<size_t>(cols); }
+
+  int max_tokens, max_logits;
+  std::unique_ptr<Buffer> residual;  // (max_tokens, hidden_size)
+  std::unique_ptr<Buffer> normed;    // (max_tokens, hidden_size)
+  std::unique_ptr<Buffer> delta;     // (max_tokens, hidden_size)
+  std::unique_ptr<Buffer> qkv;       // (max_tokens, qkv_size)
+  std::unique_ptr<Buffer> attended;  // (max_tokens, q_size)
+  std::unique_ptr<Buffer> mlp_in;    // (max_tokens, mlp_in_size)
+  std::unique_ptr<Buffer> mlp_mid;   // (max_tokens, intermediate_size)
+  std::unique_ptr<Buffer> last;      // (max_logits, hidden_size)
+  std::unique_ptr<Buffer> logits;    // (max_logits, vocab_size)
+};
+
+Transformer::Transformer(const ModelConfig& config, Weights weights, Device& device, int max_tokens,
+                         int max_logits)
+    : config_(config),
+      device_(device),
+      weights_(std::make_unique<Weights>(std::move(weights))),
+      activations_(std::make_unique<Activations>(config, device, max_tokens, max_logits)) {}
+
+Transformer::~Transformer() = default;
+
+size_t Transformer::activation_bytes(const ModelConfig& c, int max_tokens, int max_logits) {
+  const size_t per_token =
+      3 * c.hidden_size + c.qkv_size() + c.q_size() + c.mlp_in_size() + c.intermediate_size;
+  const size_t per_logit = static_cast<size_t>(c.hidden_size) + static_cast<size_t>(c.vocab_size);
+  return sizeof(float) *
+         (static_cast<size_t>(max_tokens) * per_token + static_cast<size_t>(max_logits) * per_logit);
+}
+
+void Transformer::kv_alloc(Format format, int32_t num_blocks) {
+  cache_ = device_.kv_alloc(config_, format, num_blocks);
+}
+
+float* Transformer::forward(const Batch& batch) {
+  const ModelConfig& c = config_;
+  Activations& a = *activations_;
+  const int n = batch.num_tokens();
+  check(n > 0 && n <= a.max_tokens && batch.num_logits() <= a.max_logits, "batch fits the activations");
+
+  float* x = a.residual->data;
+  float* delta = nullptr;  // what the last block adds to the residual; added by the norm that reads the sum
+  auto norm = [&](const NormWeights& w) {
+    const float* bias = w.bias ? w.bias->data : nullptr;
+    if (delta)
+      device_.add_norm(c.norm, c.norm_eps, w.weight->data, bias, x, delta, a.normed->data, n, c.hidden_size);
+    else
+      device_.norm(c.norm, c.norm_eps, w.weight->data, bias, x, a.normed->data, n, c.hidden_size);
+  };
+
+  device_.embed(*weights_->embed_table, batch.tokens, x);
+  for (int i = 0; i < c.num_hidden_layers; ++i) {
+    const LayerWeights& layer = weights_->layers[static_cast<size_t>(i)];
+    norm(layer.attn_norm);
+    device_.linear(*layer.qkv, a.normed->data, a.qkv->data, n);
+    device_.rope_store_kv(c, i, batch, a.qkv->data, *cache_);
+    device_.attention(c, i, batch, a.qkv->data, *cache_, a.attended->data);
+    device_.linear(*layer.attn_out, a.attended->data, a.delta->data, n);
+    delta = a.delta->data;
+    norm(layer.mlp_norm);
+    device_.linear(*layer.mlp_in, a.normed->data, a.mlp_in->data, n);
+    device_.activation(c.activation, c.gated_mlp, a.mlp_in->data, a.mlp_mid->data, n, c.intermediate_size);
+    device_.linear(*layer.mlp_out, a.mlp_mid->data, a.delta->data, n);
+  }
+  return logits(batch);
+}
+
+// Only the rows that are sampled pass the final norm and the head, by far the widest multiply.
+float* Transformer::logits(const Batch& batch) {
+  const ModelConfig& c = config_;
+  Activations& a = *activations_;
+  const int n = batch.num_logits();
+  if (n == 0) return a.logits->data;
+  const NormWeights& w = weights_->final_norm;
+  float* last = a.last->data;
+  device_.add(a.residual->data, a.delta->data, batch.num_tokens(), c.hidden_size);
+  device_.gather_rows(a.residual->data, batch.logit_rows, last, c.hidden_size);
+  device_.norm(c.norm, c.norm_eps, w.weight->data, w.bias ? w.bias->data : nullptr, last, a.normed->data, n,
+               c.hidden_size);
+  device_.linear(weights_->lm_head(), a.normed->data, a.logits->data, n);
+  if (c.logit_scale != 1) device_.scale(a.logits->data, c.logit_scale, n, c.vocab_size);
+  return a.logits->data;
+}
+
+}  // namespace engine

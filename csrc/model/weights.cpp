@@ -1,0 +1,160 @@
+#include "model/weights.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "base/check.h"
+#include "model/checkpoint.h"
+
+namespace engine {
+namespace {
+
+std::string shape_text(int64_t rows, int64_t cols) {
+  return "(" + std::to_string(rows) + ", " + std::to_string(cols) + ")";
+}
+
+std::string names(const std::vector<Tensor>& tensors) {
+  std::string text;
+  for (const Tensor& t : tensors) text += (text.empty() ? "" : " + ") + t.name;
+  return text;
+}
+
+Format plain_format(const std::string& name) {
+  for (Format f : {Format::F32, Format::F16, Format::BF16})
+    if (name == format_name(f)) return f;
+  throw InputError("weight_format is \"" + name + "\", expected \"\", F32, F16 or BF16");
+}
+
+bool is_plain(Format format) {
+  return block_size(format) == 1;
+}
+
+// Plain-float tensors in another plain format, kept alive while they are packed.
+class Converted {
+ public:
+  Converted(std::vector<Tensor>& tensors, Format target) {
+    for (Tensor& t : tensors) {
+      if (!is_plain(t.format) || t.format == target) continue;
+      auto& bytes = storage_.emplace_back(static_cast<size_t>(t.rows) * row_bytes(target, t.cols));
+      convert(t, target, bytes.data());
+      t = {t.name, target, t.rows, t.cols, bytes.data()};
+    }
+  }
+
+ private:
+  static void convert(const Tensor& t, Format target, std::byte* out) {
+    std::vector<float> row(static_cast<size_t>(t.cols));
+    const size_t from = row_bytes(t.format, t.cols), to = row_bytes(target, t.cols);
+    for (int64_t r = 0; r < t.rows; ++r) {
+      dequantize_row(t.format, t.data + static_cast<size_t>(r) * from, row.data(), t.cols);
+      quantize_plain_row(target, row.data(), out + static_cast<size_t>(r) * to, t.cols);
+    }
+  }
+
+  std::vector<std::vector<std::byte>> storage_;
+};
+
+class Loader {
+ public:
+  Loader(const TensorIndex& index, const std::string& weight_format, Device& device, Loading& loading)
+      : checkpoint_(index), weight_format_(weight_format), device_(device), loading_(loading) {
+    loading_.bytes_total = stored_bytes(index);
+  }
+
+  std::unique_ptr<Weight> weight(const std::string& role, int64_t rows, int64_t cols) {
+    std::vector<Tensor> sources = checkpoint_.tensors(role);
+    require(!sources.empty(), "the checkpoint has no tensor for " + role);
+    int64_t found_rows = 0;
+    for (const Tensor& t : sources) {
+      found_rows += t.rows;
+      require(t.cols == cols, "tensor " + t.name + " has shape " + shape_text(t.rows, t.cols) +
+                                  ", expected " + std::to_string(cols) + " columns by the config");
+    }
+    require(found_rows == rows, "tensor " + names(sources) + " has shape " + shape_text(found_rows, cols) +
+                                    ", expected " + shape_text(rows, cols) + " by the config");
+    const std::vector<float> bias = optional_vector(role + ".bias", rows);
+    const std::vector<Tensor> original = sources;
+    const Converted keep = converted(sources);
+    auto packed = device_.pack(sources, bias);
+    for (const Tensor& t : original) loading_.bytes_done += bytes(t);
+    return packed;
+  }
+
+  std::unique_ptr<Weight> optional_weight(const std::string& role, int64_t rows, int64_t cols) {
+    return checkpoint_.tensors(role).empty() ? nullptr : weight(role, rows, cols);
+  }
+
+  NormWeights norm(const std::string& role, int64_t size) {
+    const std::vector<float> scale = optional_vector(role, size);
+    require(!scale.empty(), "the checkpoint has no tensor for " + role);
+    const std::vector<float> bias = optional_vector(role + ".bias", size);
+    return {device_.upload(scale), bias.empty() ? nullptr : device_.upload(bias)};
+  }
+
+ private:
+  static int64_t bytes(const Tensor& t) { return t.rows * static_cast<int64_t>(row_bytes(t.format, t.cols)); }
+
+  Converted converted(std::vector<Tensor>& sources) const {
+    std::vector<Tensor> none;
+    return weight_format_.empty() ? Converted(none, Format::F32)
+                                  : Converted(sources, plain_format(weight_format_));
+  }
+
+  // Vectors stacked end to end, as f32; empty when the checkpoint has none.
+  std::vector<float> optional_vector(const std::string& role, int64_t size) {
+    std::vector<float> values;
+    const std::vector<Tensor> sources = checkpoint_.tensors(role);
+    for (const Tensor& t : sources) {
+      const size_t at = values.size();
+      require(t.rows == 1,
+              "tensor " + t.name + " has shape " + shape_text(t.rows, t.cols) + ", expected a vector");
+      values.resize(at + static_cast<size_t>(t.cols));
+      dequantize_row(t.format, t.data, values.data() + at, t.cols);
+      loading_.bytes_done += bytes(t);
+    }
+    require(values.empty() || static_cast<int64_t>(values.size()) == size,
+            "tensor " + names(sources) + " has " + std::to_string(values.size()) + " numbers, expected " +
+                std::to_string(size) + " by the config");
+    return values;
+  }
+
+  Checkpoint checkpoint_;
+  std::string weight_format_;
+  Device& device_;
+  Loading& loading_;
+};
+
+LayerWeights load_layer(const ModelConfig& c, const std::string& prefix, Loader& load) {
+  LayerWeights layer;
+  layer.attn_norm = load.norm(prefix + "attn_norm", c.hidden_size);
+  layer.qkv = load.weight(prefix + "qkv", c.qkv_size(), c.hidden_size);
+  layer.attn_out = load.weight(prefix + "attn_out", c.hidden_size, c.q_size());
+  layer.mlp_norm = load.norm(prefix + "mlp_norm", c.hidden_size);
+  layer.mlp_in = load.weight(prefix + "mlp_in", c.mlp_in_size(), c.hidden_size);
+  layer.mlp_out = load.weight(prefix + "mlp_out", c.hidden_size, c.intermediate_size);
+  return layer;
+}
+
+}  // namespace
+
+size_t Weights::bytes() const {
+  size_t total = embed_table->bytes() + (head ? head->bytes() : 0);
+  for (const LayerWeights& l : layers)
+    for (const auto* w : {&l.qkv, &l.attn_out, &l.mlp_in, &l.mlp_out}) total += (*w)->bytes();
+  return total;
+}
+
+Weights load_weights(const ModelConfig& config, const TensorIndex& tensors, const std::string& weight_format,
+                     Device& device, Loading& loading) {
+  config.validate();
+  Loader load(tensors, weight_format, device, loading);
+  Weights weights;
+  weights.embed_table = load.weight("embed", config.vocab_size, config.hidden_size);
+  for (int i = 0; i < config.num_hidden_layers; ++i)
+    weights.layers.push_back(load_layer(config, "layers." + std::to_string(i) + ".", load));
+  weights.final_norm = load.norm("final_norm", config.hidden_size);
+  weights.head = load.optional_weight("lm_head", config.vocab_size, config.hidden_size);
+  return weights;
+}
+
+}  // namespace engine

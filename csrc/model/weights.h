@@ -1,0 +1,45 @@
+// The roles that a checkpoint's tensors play, and the checked, packed result.
+#pragma once
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "device/device.h"
+#include "model/config.h"
+#include "model/transformer.h"
+
+namespace engine {
+
+struct NormWeights {
+  std::unique_ptr<Buffer> weight;  // (hidden_size)
+  std::unique_ptr<Buffer> bias;    // (hidden_size) or null
+};
+
+struct LayerWeights {
+  NormWeights attn_norm;             // roles layers.i.attn_norm, .attn_norm.bias
+  std::unique_ptr<Weight> qkv;       // (qkv_size, hidden_size); layers.i.qkv, .qkv.bias: q, k and v stacked
+  std::unique_ptr<Weight> attn_out;  // (hidden_size, q_size)
+  NormWeights mlp_norm;
+  std::unique_ptr<Weight>
+      mlp_in;  // (2·intermediate_size or intermediate_size, hidden_size): gate and up stacked
+  std::unique_ptr<Weight> mlp_out;  // (hidden_size, intermediate_size)
+};
+
+struct Weights {
+  std::unique_ptr<Weight> embed_table;  // (vocab_size, hidden_size); role embed
+  std::unique_ptr<Weight> head;         // (vocab_size, hidden_size); role lm_head; null: tied to embed
+  std::vector<LayerWeights> layers;     // (num_hidden_layers)
+  NormWeights final_norm;
+
+  const Weight& lm_head() const { return head ? *head : *embed_table; }
+  size_t bytes() const;
+};
+
+// Maps the files, checks every tensor's name, format and shape against the config, and packs it for the
+// device. weight_format: "" keeps each tensor's own format; F32, F16 or BF16 converts the plain-float ones.
+// Throws InputError naming the tensor, what was expected and what was found.
+Weights load_weights(const ModelConfig& config, const TensorIndex& tensors, const std::string& weight_format,
+                     Device& device, Loading& loading);
+
+}  // namespace engine

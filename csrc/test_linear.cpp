@@ -1,0 +1,180 @@
+// Storage formats and the linear kernels, for the tests and benchmarks/kernels.py.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
+#include <chrono>
+#include <random>
+
+#include "base/check.h"
+#include "base/quant.h"
+#include "cpu/linear.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace engine {
+namespace {
+
+using Bytes = nb::ndarray<const uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Vector = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Matrix = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Source = std::tuple<std::string, int64_t, int64_t, Bytes>;  // format, rows, cols, data
+
+Format format_named(const std::string& name) {
+  for (int i = 0; i < kNumFormats; ++i) {
+    if (name == format_name(static_cast<Format>(i))) return static_cast<Format>(i);
+  }
+  throw InputError("no format is called " + name);
+}
+
+const Kernels& kernels_named(const std::string& isa) {
+  for (const Kernels* kernels : supported_kernels()) {
+    if (isa == kernels->name) return *kernels;
+  }
+  throw InputError("cannot run here: " + isa);
+}
+
+template <class T>
+nb::ndarray<nb::numpy, T> array(std::vector<T> values, std::vector<size_t> shape) {
+  auto* owned = new std::vector<T>(std::move(values));
+  nb::capsule owner(owned, [](void* p) noexcept { delete static_cast<std::vector<T>*>(p); });
+  return {owned->data(), shape.size(), shape.data(), owner};
+}
+
+auto dequantize(const std::string& name, Bytes data, int64_t cols) {
+  const Format format = format_named(name);
+  const size_t bytes = row_bytes(format, cols), rows = data.size() / bytes;
+  check(rows * bytes == data.size(), "data is not a whole number of rows");
+  std::vector<float> out(rows * static_cast<size_t>(cols));
+  for (size_t r = 0; r < rows; ++r) dequantize_row(format, data.data() + r * bytes, &out[r * cols], cols);
+  return array(std::move(out), {rows, static_cast<size_t>(cols)});
+}
+
+auto quantize_plain(const std::string& name, Vector values) {
+  const Format format = format_named(name);
+  const size_t bytes = row_bytes(format, static_cast<int64_t>(values.size()));
+  std::vector<uint8_t> out(bytes);
+  quantize_plain_row(format, values.data(), out.data(), static_cast<int64_t>(values.size()));
+  return array(std::move(out), {bytes});
+}
+
+// A packed weight with the kernels and threads that multiply it.
+class Linear {
+ public:
+  Linear(const std::string& isa, int threads, const std::vector<Source>& sources, const std::vector<float>& bias)
+      : kernels_(kernels_named(isa)), pool_(threads) {
+    std::vector<Tensor> tensors;
+    for (const auto& [format, rows, cols, data] : sources) {
+      tensors.push_back({"", format_named(format), rows, cols, reinterpret_cast<const std::byte*>(data.data())});
+      check(data.size() == static_cast<size_t>(rows) * row_bytes(tensors.back().format, cols), "wrong data size");
+    }
+    weight_ = pack_weight(pool_, tensors, bias);
+  }
+
+  size_t bytes() const { return weight_->bytes(); }
+
+  // One number more than y has stands behind it, and must not be touched.
+  auto multiply(Matrix x) {
+    const size_t n = x.shape(0), rows = static_cast<size_t>(weight_->rows);
+    check(x.shape(1) == static_cast<size_t>(weight_->cols), "x has other columns than the weight");
+    constexpr float guard = 12345.0f;
+    std::vector<float> y(n * rows + 1, guard);
+    linear(kernels_, pool_, *weight_, x.data(), y.data(), static_cast<int>(n));
+    check(y.back() == guard, "linear wrote behind y");
+    return array(std::move(y), {n, rows});
+  }
+
+  auto embed_tokens(const std::vector<int32_t>& tokens) {
+    const auto cols = static_cast<size_t>(weight_->cols);
+    std::vector<float> out(tokens.size() * cols);
+    embed(kernels_, *weight_, tokens, out.data());
+    return array(std::move(out), {tokens.size(), cols});
+  }
+
+ private:
+  const Kernels& kernels_;
+  ThreadPool pool_;
+  std::unique_ptr<Weight> weight_;
+};
+
+using Clock = std::chrono::steady_clock;
+
+double seconds_since(Clock::time_point start) {
+  return std::chrono::duration<double>(Clock::now() - start).count();
+}
+
+// Any quants, and scales or plain floats that are normal numbers below 1: subnormal ones would be slow.
+std::vector<std::byte> random_rows(Format format, int64_t rows, int64_t cols) {
+  std::vector<std::byte> data(static_cast<size_t>(rows) * row_bytes(format, cols));
+  std::minstd_rand random(1);
+  for (std::byte& b : data) b = static_cast<std::byte>(0x20 | ((random() >> 8) & 0x1f));
+  return data;
+}
+
+// (GMAC/s, GB/s of weights) over as many copies of the weight as no cache holds, as the layers of a model are.
+std::pair<double, double> bench_linear(const std::string& isa, const std::string& format, int64_t rows, int64_t cols,
+                                       int n, int threads, double seconds) {
+  constexpr size_t kUncached = size_t{96} << 20;
+  ThreadPool pool(threads);
+  const Kernels& kernels = kernels_named(isa);
+  const std::vector<std::byte> data = random_rows(format_named(format), rows, cols);
+  const Tensor source{"", format_named(format), rows, cols, data.data()};
+  std::vector<std::unique_ptr<Weight>> weights;
+  for (size_t i = 0; i <= kUncached / data.size(); ++i) weights.push_back(pack_weight(pool, {&source, 1}, {}));
+  std::vector<float> x(static_cast<size_t>(n * cols), 1.0f), y(static_cast<size_t>(n * rows));
+  int calls = 0;
+  const auto start = Clock::now();
+  while (seconds_since(start) < seconds) {
+    linear(kernels, pool, *weights[static_cast<size_t>(calls++) % weights.size()], x.data(), y.data(), n);
+  }
+  const double per_second = calls / seconds_since(start);
+  return {per_second * static_cast<double>(rows * cols * n) * 1e-9,
+          per_second * static_cast<double>(weights[0]->bytes()) * 1e-9};
+}
+
+// Packed bytes per second, in GB/s.
+double bench_pack(const std::string& format, int64_t rows, int64_t cols, int threads) {
+  ThreadPool pool(threads);
+  const std::vector<std::byte> data = random_rows(format_named(format), rows, cols);
+  const Tensor source{"", format_named(format), rows, cols, data.data()};
+  const auto start = Clock::now();
+  const auto weight = pack_weight(pool, {&source, 1}, {});
+  return static_cast<double>(data.size()) * 1e-9 / seconds_since(start);
+}
+
+}  // namespace
+}  // namespace engine
+
+void bind_linear(nb::module_& m) {
+  using namespace engine;
+  m.def("isas", [] {
+    std::vector<std::string> names;
+    for (const Kernels* kernels : supported_kernels()) names.emplace_back(kernels->name);
+    return names;
+  });
+  m.def("selected_isa", [] { return std::string(select_kernels().name); });
+  m.def("formats", [] {
+    std::vector<std::tuple<std::string, int, size_t>> formats;
+    for (int i = 0; i < kNumFormats; ++i) {
+      const auto format = static_cast<Format>(i);
+      formats.emplace_back(format_name(format), block_size(format), block_bytes(format));
+    }
+    return formats;
+  });
+  m.def("dequantize", &dequantize, "format"_a, "data"_a, "cols"_a);
+  m.def("quantize_plain", &quantize_plain, "format"_a, "values"_a);
+  m.def("bench_linear", &bench_linear, "isa"_a, "format"_a, "rows"_a, "cols"_a, "n"_a, "threads"_a, "seconds"_a,
+        nb::call_guard<nb::gil_scoped_release>());
+  m.def("bench_pack", &bench_pack, "format"_a, "rows"_a, "cols"_a, "threads"_a,
+        nb::call_guard<nb::gil_scoped_release>());
+  nb::class_<Linear>(m, "Linear")
+      .def(nb::init<const std::string&, int, const std::vector<Source>&, const std::vector<float>&>(), "isa"_a,
+           "threads"_a, "sources"_a, "bias"_a = std::vector<float>())
+      .def_prop_ro("bytes", &Linear::bytes)
+      .def("multiply", &Linear::multiply, "x"_a)
+      .def("embed", &Linear::embed_tokens, "tokens"_a);
+}

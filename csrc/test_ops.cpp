@@ -1,0 +1,297 @@
+// Thread pool, pointwise kernels, attention and sampler, for the tests: a CpuDevice on numpy arrays. Results
+// are written into arrays that the caller made.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
+#include <algorithm>
+#include <cstring>
+#include <exception>
+#include <stdexcept>
+
+#include "base/check.h"
+#include "base/random.h"
+#include "cpu/cpu_device.h"
+#include "cpu/pointwise.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace engine {
+namespace {
+
+using Vector = nb::ndarray<float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Matrix = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using BatchRows =
+    std::vector<std::tuple<int32_t, int32_t, std::vector<int32_t>>>;  // num_tokens, num_computed, blocks
+
+const Kernels& kernels_named(const std::string& isa) {
+  for (const Kernels* kernels : supported_kernels())
+    if (isa == kernels->name) return *kernels;
+  throw InputError("cannot run here: " + isa);
+}
+
+int rows(const Matrix& m) {
+  return static_cast<int>(m.shape(0));
+}
+int cols(const Matrix& m) {
+  return static_cast<int>(m.shape(1));
+}
+
+// Fields by name; a name that is none is an error.
+class Fields {
+ public:
+  explicit Fields(nb::dict values) : values_(std::move(values)) {}
+  ~Fields() noexcept(false) {
+    if (std::uncaught_exceptions() == 0) check(read_ == values_.size(), "every field is known");
+  }
+  template <class T>
+  void operator()(const char* name, T& field) {
+    if (!values_.contains(name)) return;
+    field = nb::cast<T>(values_[name]);
+    ++read_;
+  }
+
+ private:
+  nb::dict values_;
+  size_t read_ = 0;
+};
+
+ModelConfig make_config(nb::dict values) {
+  ModelConfig config;
+  Fields read(std::move(values));
+  read("num_hidden_layers", config.num_hidden_layers);
+  read("num_attention_heads", config.num_attention_heads);
+  read("num_key_value_heads", config.num_key_value_heads);
+  read("head_dim", config.head_dim);
+  read("attention_scale", config.attention_scale);
+  read("clip_qkv", config.clip_qkv);
+  read("rope_inv_freq", config.rope_inv_freq);
+  read("rope_interleaved", config.rope_interleaved);
+  read("rope_attention_factor", config.rope_attention_factor);
+  read("alibi_slopes", config.alibi_slopes);
+  read("sliding_window", config.sliding_window);
+  return config;
+}
+
+SamplingParams make_params(nb::dict values) {
+  SamplingParams params;
+  Fields read(std::move(values));
+  read("temperature", params.temperature);
+  read("top_p", params.top_p);
+  read("min_p", params.min_p);
+  read("top_k", params.top_k);
+  read("presence_penalty", params.presence_penalty);
+  read("frequency_penalty", params.frequency_penalty);
+  read("repetition_penalty", params.repetition_penalty);
+  read("logit_bias", params.logit_bias);
+  read("seed", params.seed);
+  read("num_logprobs", params.num_logprobs);
+  read("min_tokens", params.min_tokens);
+  read("stop_token_ids", params.stop_token_ids);
+  return params;
+}
+
+Batch make_batch(const BatchRows& sequences) {
+  Batch batch;
+  for (const auto& [num_tokens, num_computed, blocks] : sequences) {
+    batch.sequences.push_back(
+        {batch.num_tokens(), num_tokens, num_computed, static_cast<int32_t>(batch.block_tables.size())});
+    for (int32_t i = 0; i < num_tokens; ++i) batch.positions.push_back(num_computed + i);
+    batch.tokens.resize(batch.positions.size());
+    batch.block_tables.insert(batch.block_tables.end(), blocks.begin(), blocks.end());
+  }
+  return batch;
+}
+
+Format format_named(const std::string& name) {
+  for (const Format format : {Format::F32, Format::F16, Format::BF16})
+    if (name == format_name(format)) return format;
+  throw InputError("no format of the key/value cache is called " + name);
+}
+
+// One device, one config, one cache.
+class AttentionFixture {
+ public:
+  AttentionFixture(const std::string& isa, int num_threads, nb::dict config, const std::string& format,
+                   int num_blocks)
+      : config_(make_config(std::move(config))),
+        device_(kernels_named(isa), num_threads),
+        cache_(device_.kv_alloc(config_, format_named(format), num_blocks)) {}
+
+  // Every byte of a block, in all layers.
+  void fill_block(int32_t block, uint8_t value) {
+    auto& cache = static_cast<CpuKvCache&>(*cache_);
+    for (int layer = 0; layer < config_.num_hidden_layers; ++layer)
+      std::memset(cache.head(layer, block, 0), value, cache.block_stride());
+  }
+  size_t cache_bytes() const { return static_cast<CpuKvCache&>(*cache_).bytes(); }
+  size_t kv_bytes_per_block() const { return device_.kv_bytes_per_block(config_, cache_->format); }
+
+  void rope_store_kv(const BatchRows& sequences, int layer, Matrix qkv) {
+    const Batch batch = make_batch(sequences);
+    check(rows(qkv) == batch.num_tokens() && cols(qkv) == config_.qkv_size(), "qkv (num_tokens, qkv_size)");
+    nb::gil_scoped_release release;
+    device_.rope_store_kv(config_, layer, batch, qkv.data(), *cache_);
+  }
+  void attention(const BatchRows& sequences, int layer, Matrix qkv, Matrix out, int repeat) {
+    const Batch batch = make_batch(sequences);
+    check(rows(qkv) == batch.num_tokens() && cols(qkv) == config_.qkv_size(), "qkv (num_tokens, qkv_size)");
+    check(rows(out) == batch.num_tokens() && cols(out) == config_.q_size(), "out (num_tokens, q_size)");
+    nb::gil_scoped_release release;
+    for (int i = 0; i < repeat; ++i)
+      device_.attention(config_, layer, batch, qkv.data(), *cache_, out.data());
+  }
+
+ private:
+  ModelConfig config_;
+  CpuDevice device_;
+  std::unique_ptr<KvCache> cache_;
+};
+
+void norm(CpuDevice& device, const std::string& kind, float eps, Vector weight, std::optional<Vector> bias,
+          Matrix x, Matrix out) {
+  device.norm(kind == "rms" ? Norm::RMS : Norm::LAYER, eps, weight.data(), bias ? bias->data() : nullptr,
+              x.data(), out.data(), rows(x), cols(x));
+}
+
+void add_norm(CpuDevice& device, const std::string& kind, float eps, Vector weight,
+              std::optional<Vector> bias, Matrix x, Matrix delta, Matrix out, bool composed) {
+  const Norm norm = kind == "rms" ? Norm::RMS : Norm::LAYER;
+  const float* shift = bias ? bias->data() : nullptr;
+  if (composed)
+    device.Device::add_norm(norm, eps, weight.data(), shift, x.data(), delta.data(), out.data(), rows(x),
+                            cols(x));
+  else
+    device.add_norm(norm, eps, weight.data(), shift, x.data(), delta.data(), out.data(), rows(x), cols(x));
+}
+
+void activation(CpuDevice& device, const std::string& kind, bool gated, Matrix x, Matrix out) {
+  const std::vector<std::string> names = {"silu", "gelu", "gelu_tanh", "relu"};
+  const auto found = std::find(names.begin(), names.end(), kind);
+  check(found != names.end(), "the activation is known");
+  device.activation(static_cast<Activation>(found - names.begin()), gated, x.data(), out.data(), rows(out),
+                    cols(out));
+}
+
+// params, tokens so far, num_prompt, position
+using SampleRequest = std::tuple<nb::dict, std::vector<int32_t>, int32_t, uint64_t>;
+using SampleResult = std::pair<int32_t, std::vector<std::tuple<int32_t, float, int32_t>>>;
+
+std::vector<SampleResult> sample(CpuDevice& device, Matrix logits,
+                                 const std::vector<SampleRequest>& requests) {
+  std::vector<SamplingParams> params;
+  for (const auto& request : requests) params.push_back(make_params(std::get<0>(request)));
+  std::vector<SamplingRow> sampling;
+  for (size_t i = 0; i < requests.size(); ++i) {
+    const auto& [_, tokens, num_prompt, position] = requests[i];
+    sampling.push_back({&params[i], tokens, num_prompt, position});
+  }
+  check(sampling.size() == logits.shape(0), "one request per row");
+  std::vector<Sampled> sampled(sampling.size());
+  {
+    nb::gil_scoped_release release;
+    device.sample(logits.data(), cols(logits), sampling, sampled);
+  }
+  std::vector<SampleResult> results;
+  for (const Sampled& row : sampled) {
+    results.emplace_back(row.token, std::vector<std::tuple<int32_t, float, int32_t>>());
+    for (const TokenLogprob& top : row.logprobs)
+      results.back().second.emplace_back(top.token, top.logprob, top.rank);
+  }
+  return results;
+}
+
+// Runs `runs` times, `num_tasks` tasks each; returns how often each task ran.
+std::vector<int> count_tasks(int num_threads, int runs, int num_tasks) {
+  nb::gil_scoped_release release;
+  ThreadPool pool(num_threads);
+  std::vector<int> counts(static_cast<size_t>(num_tasks));
+  for (int run = 0; run < runs; ++run)
+    pool.run(num_tasks, [&](int task, int worker) {
+      check(worker >= 0 && worker < pool.size(), "workers are numbered from 0");
+      ++counts[static_cast<size_t>(task)];
+    });
+  return counts;
+}
+
+// Task `task` of `num_tasks` throws, `runs` times; returns how many exceptions arrived.
+int throw_in_task(int num_threads, int runs, int num_tasks, int task) {
+  nb::gil_scoped_release release;
+  ThreadPool pool(num_threads);
+  int caught = 0;
+  for (int run = 0; run < runs; ++run) {
+    try {
+      pool.run(num_tasks, [&](int index, int) {
+        if (index == task) throw std::out_of_range("task " + std::to_string(index));
+      });
+    } catch (const std::out_of_range& error) {
+      caught += error.what() == "task " + std::to_string(task);
+    }
+  }
+  return caught;
+}
+
+void run_in_task(int num_threads) {
+  ThreadPool pool(num_threads);
+  pool.run(4, [&](int, int) { pool.run(4, [](int, int) {}); });
+}
+
+void bind_device(nb::module_& m) {
+  nb::class_<CpuDevice>(m, "CpuDevice")
+      .def("__init__", [](CpuDevice* self, const std::string& isa,
+                          int num_threads) { new (self) CpuDevice(kernels_named(isa), num_threads); })
+      .def_prop_ro("name", &CpuDevice::name)
+      .def("memory_available", &CpuDevice::memory_available)
+      .def("norm", norm, "kind"_a, "eps"_a, "weight"_a, "bias"_a.none(), "x"_a, "out"_a)
+      .def("add_norm", add_norm, "kind"_a, "eps"_a, "weight"_a, "bias"_a.none(), "x"_a, "delta"_a, "out"_a,
+           "composed"_a)
+      .def("activation", activation)
+      .def("add",
+           [](CpuDevice& d, Matrix x, Matrix delta) { d.add(x.data(), delta.data(), rows(x), cols(x)); })
+      .def("scale", [](CpuDevice& d, Matrix x, float factor) { d.scale(x.data(), factor, rows(x), cols(x)); })
+      .def("gather_rows", [](CpuDevice& d, Matrix x, const std::vector<int32_t>& indices,
+                             Matrix out) { d.gather_rows(x.data(), indices, out.data(), cols(x)); })
+      .def("upload_address",
+           [](CpuDevice& d, Vector x) {
+             const auto buffer = d.upload({x.data(), x.size()});
+             std::vector<float> back(buffer->size);
+             d.copy_to_host(back.data(), buffer->data, back.size());
+             check(std::memcmp(back.data(), x.data(), x.size() * sizeof(float)) == 0,
+                   "upload keeps the numbers");
+             return reinterpret_cast<uintptr_t>(buffer->data);
+           })
+      .def("sample", sample);
+}
+
+}  // namespace
+}  // namespace engine
+
+void bind_ops(nb::module_& m) {
+  using namespace engine;
+  bind_device(m);
+  nb::class_<AttentionFixture>(m, "Attention")
+      .def(nb::init<const std::string&, int, nb::dict, const std::string&, int>(), "isa"_a, "num_threads"_a,
+           "config"_a, "format"_a, "num_blocks"_a)
+      .def("fill_block", &AttentionFixture::fill_block)
+      .def_prop_ro("cache_bytes", &AttentionFixture::cache_bytes)
+      .def_prop_ro("kv_bytes_per_block", &AttentionFixture::kv_bytes_per_block)
+      .def("rope_store_kv", &AttentionFixture::rope_store_kv, "sequences"_a, "layer"_a, "qkv"_a)
+      .def("attention", &AttentionFixture::attention, "sequences"_a, "layer"_a, "qkv"_a, "out"_a,
+           "repeat"_a = 1);
+  m.def("exp", [](const std::string& isa, Vector x, float shift, float factor, Vector out) {
+    kernels_named(isa).pointwise->exp(x.data(), shift, factor, out.data(), x.size());
+  });
+  m.def("max", [](const std::string& isa, Vector x) {
+    return kernels_named(isa).pointwise->max(x.data(), x.size());
+  });
+  m.def("make_device", [](const std::string& kind) { return make_device(kind, 1)->name(); });
+  m.def("random_uniform", &random_uniform);
+  m.def("count_tasks", &count_tasks);
+  m.def("throw_in_task", &throw_in_task);
+  m.def("run_in_task", &run_in_task);
+}

@@ -1,0 +1,1 @@
+"""The server: text, JSON and HTTP around the engine."""

@@ -1,0 +1,132 @@
+"""The C++ engine: token ids in, token ids out. `async_engine` is its only importer (and `checkpoint`'s types name it)."""
+
+from collections.abc import Sequence
+
+class ModelConfig:
+    """A transformer as data; see csrc/model/config.h for the meaning of each field."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    norm: str  # "rms" | "layer"
+    norm_eps: float
+    activation: str  # "silu" | "gelu" | "gelu_tanh" | "relu"
+    gated_mlp: bool
+    attention_scale: float
+    clip_qkv: float
+    logit_scale: float
+    rope_inv_freq: list[float]
+    rope_interleaved: bool
+    rope_attention_factor: float
+    alibi_slopes: list[float]
+    sliding_window: list[int]
+    def __init__(self) -> None: ...
+
+class TensorInfo:
+    """Where a tensor lies in a file. `format` is one of F32 F16 BF16 Q8_0 Q4_0 Q4_1 Q5_0 Q5_1 Q4_K Q5_K Q6_K."""
+
+    def __init__(self, name: str, format: str, shape: Sequence[int], file: str, offset: int) -> None: ...
+    name: str
+    format: str
+    shape: list[int]
+    file: str
+    offset: int
+
+class EngineOptions:
+    device: str
+    num_threads: int
+    memory_bytes: int
+    max_model_len: int
+    max_position: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    kv_format: str
+    weight_format: str  # "" keeps each tensor's own; F32, F16 or BF16 converts the plain-float ones
+    enable_prefix_caching: bool
+    def __init__(self) -> None: ...
+
+class SamplingParams:
+    temperature: float
+    top_p: float
+    min_p: float
+    top_k: int
+    presence_penalty: float
+    frequency_penalty: float
+    repetition_penalty: float
+    logit_bias: list[tuple[int, float]]
+    seed: int
+    num_logprobs: int
+    max_tokens: int
+    min_tokens: int
+    stop_token_ids: list[int]
+    def __init__(self) -> None: ...
+
+class Loading:
+    def __init__(self) -> None: ...
+    @property
+    def bytes_done(self) -> int: ...
+    @property
+    def bytes_total(self) -> int: ...
+
+class Event:
+    request_id: int
+    tokens: list[int]
+    logprobs: list[list[tuple[int, float, int]]]  # per token: (token, logprob, rank), the chosen one first
+    finish: str  # "" | "stop" | "length" | "abort" | "error"
+    num_cached_tokens: int
+    scheduled_time: float  # time.monotonic()
+    time: float
+
+class Stats:
+    num_running: int
+    num_waiting: int
+    num_blocks: int
+    num_free_blocks: int
+    num_steps: int
+    num_preemptions: int
+    prefix_cache_queries: int
+    prefix_cache_hits: int
+    prompt_tokens: int
+    generation_tokens: int
+    last_step_time: float
+    alive: bool
+    error: str
+
+class Engine:
+    def __init__(
+        self,
+        config: ModelConfig,
+        tensors: dict[str, list[TensorInfo]],
+        options: EngineOptions,
+        loading: Loading,
+    ) -> None:
+        """Load and start. Raises ValueError (bad checkpoint or options) or MemoryError; blocks with the GIL released."""
+
+    def submit(self, request_id: int, prompt: Sequence[int], params: SamplingParams) -> None:
+        """Queue a request. Raises ValueError naming the parameter that can never be served."""
+
+    def cancel(self, request_id: int) -> None: ...
+    def fileno(self) -> int:
+        """Readable when `drain` has something."""
+
+    def drain(self) -> list[Event]: ...
+    def stats(self) -> Stats: ...
+    def stop(self) -> None: ...
+    @property
+    def options(self) -> EngineOptions:
+        """As given, with the defaults filled in."""
+
+    @property
+    def weight_bytes(self) -> int: ...
+    @property
+    def device_name(self) -> str: ...
+
+KV_BLOCK_SIZE: int
+__version__: str
+
+def dequantize(format: str, data: bytes, count: int) -> bytes:
+    """`count` numbers of a row in `format` as little-endian f32: the scalar definition of the format."""
