@@ -1,0 +1,184 @@
+"""The ASGI application: routes, errors in OpenAI's envelope, API keys."""
+
+from __future__ import annotations
+
+import hmac
+import logging
+import uuid
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect as BodyDisconnect
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from langchain_vllm_server import metrics
+from langchain_vllm_server.chat import create_chat_completion
+from langchain_vllm_server.completions import create_completion
+from langchain_vllm_server.errors import RequestError
+from langchain_vllm_server.models_api import model_card, model_list
+from langchain_vllm_server.protocol import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    TokenizeRequest,
+    decode,
+)
+from langchain_vllm_server.responses import ClientDisconnect, json_response, until_disconnect
+from langchain_vllm_server.tokenize import detokenize, tokenize
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Sequence
+
+    import msgspec
+    from starlette.types import ASGIApp, Receive, Scope, Send
+
+    from langchain_vllm_server.generation import Service
+
+    Endpoint = Callable[[Request], Awaitable[Response]]
+
+logger = logging.getLogger(__name__)
+
+MAX_BODY_BYTES = 32 * 2**20
+_REASONS = {404: "NotFoundError", 405: "MethodNotAllowedError"}
+
+R = TypeVar("R", bound="msgspec.Struct")
+
+
+def create_app(service: Service, api_keys: Sequence[str] = ()) -> ASGIApp:
+    """The application that serves one model.
+
+    Args:
+        service: Model, engine and metrics.
+        api_keys: Any of them opens every route but /health and /ping; none: all is open.
+    """
+    app = Starlette(
+        routes=_routes(service),
+        exception_handlers={RequestError: _request_error, HTTPException: _http_error, Exception: _server_error},
+    )
+    return ApiKeys(app, api_keys) if api_keys else app
+
+
+def error_response(error: RequestError, headers: dict[str, str] | None = None) -> Response:
+    """An error in the envelope."""
+    return json_response(error.envelope(), error.status, headers)
+
+
+class ApiKeys:
+    """Lets requests with one of the keys through, and those that ask for the server's health."""
+
+    _OPEN = frozenset({"/health", "/ping"})
+
+    def __init__(self, app: ASGIApp, keys: Sequence[str]) -> None:
+        self._app = app
+        self._expected = [f"Bearer {key}".encode() for key in keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """The ASGI application."""
+        if scope["type"] != "http" or scope["path"] in self._OPEN or self._allows(scope):
+            await self._app(scope, receive, send)
+            return
+        error = RequestError(401, "AuthenticationError", "A valid API key is needed: `Authorization: Bearer <key>`.")
+        await error_response(error, {"www-authenticate": "Bearer"})(scope, receive, send)
+
+    def _allows(self, scope: Scope) -> bool:
+        given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
+        scheme, _, key = given.partition(b" ")
+        given = scheme.capitalize() + b" " + key.strip()
+        # Every key is compared, so that the time does not tell which one was nearly right.
+        return sum(hmac.compare_digest(given, expected) for expected in self._expected) > 0
+
+
+def _routes(service: Service) -> list[Route]:
+    model = service.model
+
+    async def health(_request: Request) -> Response:
+        problem = service.engine.problem()
+        return json_response({"status": "unhealthy", "error": problem}, 503) if problem else Response(status_code=200)
+
+    async def version(_request: Request) -> Response:
+        return json_response({"version": model.version})
+
+    async def models(_request: Request) -> Response:
+        return json_response(model_list(model))
+
+    async def one_model(request: Request) -> Response:
+        return json_response(model_card(model, model.check_name(request.path_params["name"])))
+
+    async def prometheus(_request: Request) -> Response:
+        text = service.metrics.render(service.engine.stats())
+        return Response(text, headers={"content-type": metrics.CONTENT_TYPE})
+
+    return [
+        Route("/health", health),
+        Route("/ping", health, methods=["GET", "POST"]),
+        Route("/version", version),
+        Route("/metrics", prometheus),
+        Route("/v1/models", models),
+        Route("/v1/models/{name:path}", one_model),
+        Route("/v1/chat/completions", _post(service, ChatCompletionRequest, create_chat_completion), methods=["POST"]),
+        Route("/v1/completions", _post(service, CompletionRequest, create_completion), methods=["POST"]),
+        Route("/tokenize", _post(service, TokenizeRequest, tokenize), methods=["POST"]),
+        Route("/detokenize", _post(service, DetokenizeRequest, detokenize), methods=["POST"]),
+    ]
+
+
+def _post(
+    service: Service,
+    type: type[R],  # noqa: A002
+    answer: Callable[[Service, R, str], Awaitable[Response | dict[str, Any]]],
+) -> Endpoint:
+    """The endpoint that decodes a request, answers it, and gives up when the client does."""
+
+    async def endpoint(request: Request) -> Response:
+        try:
+            body = decode(await _read_body(request), type)
+            result = await until_disconnect(request.receive, _answer(body, request))
+        except (ClientDisconnect, BodyDisconnect):
+            return Response(status_code=499)  # nobody reads it
+        return result if isinstance(result, Response) else json_response(result)
+
+    async def _answer(body: R, request: Request) -> Response | dict[str, Any]:
+        return await answer(service, body, _request_id(request, body))
+
+    return endpoint
+
+
+async def _read_body(request: Request) -> bytes:
+    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if media_type != "application/json":
+        raise RequestError(
+            400, "Bad Request", f"Unsupported Media Type: only 'application/json' is allowed, got {media_type!r}"
+        )
+    chunks, size = [], 0
+    async for chunk in request.stream():
+        chunks.append(chunk)
+        size += len(chunk)
+        if size > MAX_BODY_BYTES:
+            message = f"The request's body is larger than {MAX_BODY_BYTES} bytes."
+            raise RequestError(413, "RequestTooLargeError", message)
+    return b"".join(chunks)
+
+
+def _request_id(request: Request, body: msgspec.Struct) -> str:
+    given = request.headers.get("x-request-id") or getattr(body, "request_id", None)
+    return given or uuid.uuid4().hex
+
+
+async def _request_error(_request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestError)
+    return error_response(error)
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    message = f"{request.method} {request.url.path}: {error.detail}"
+    named = RequestError(error.status_code, _REASONS.get(error.status_code, "BadRequestError"), message)
+    return error_response(named, dict(error.headers or {}))
+
+
+async def _server_error(_request: Request, _error: Exception) -> Response:
+    """Starlette raises the error again after this answer, so that it is logged; its text stays inside."""
+    return error_response(RequestError(500, "InternalServerError", "Internal server error; see the server's log."))

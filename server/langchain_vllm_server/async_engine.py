@@ -1,0 +1,173 @@
+"""The engine as asyncio sees it: requests go in, events come out of a file descriptor, at most one wake-up a step."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from typing import TYPE_CHECKING
+
+from langchain_vllm_server.errors import BadRequestError, EngineError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from langchain_vllm_server._engine import Engine, Event, SamplingParams, Stats
+    from langchain_vllm_server.sampling import Sampling
+
+# Longer than any one step takes: a full step of a 7B model on two slow cores is a few minutes.
+STALL_SECONDS = 600.0
+
+
+class EventStream:
+    """The events of one HTTP request's sequences, in the order of `index`.
+
+    Iterating yields a list of (index, event) of all that happened since the last time: a reader that falls behind finds
+    more in one list, and no queue grows, for a sequence has no more events than tokens. Closing cancels the rest.
+    """
+
+    def __init__(self, engine: AsyncEngine, *, eager: bool) -> None:
+        self._engine = engine
+        self._eager = eager  # otherwise wake only when all sequences have finished
+        self._pending: list[tuple[int, Event]] = []
+        self._open: dict[int, int] = {}  # index → request id
+        self._error: Exception | None = None
+        self._waiter: asyncio.Future[None] | None = None
+
+    def __aiter__(self) -> EventStream:
+        return self
+
+    async def __anext__(self) -> list[tuple[int, Event]]:
+        while not self._ready():
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+        if self._pending:
+            pending, self._pending = self._pending, []
+            return pending
+        if self._error is not None:
+            raise self._error
+        raise StopAsyncIteration
+
+    def cancel(self, index: int) -> None:
+        """End one sequence; its events stop coming. No effect on one that has finished."""
+        request_id = self._open.pop(index, None)
+        if request_id is not None:
+            self._engine.cancel(request_id)
+
+    def close(self) -> None:
+        """Cancel all that still runs."""
+        running, self._open = self._open, {}
+        for request_id in running.values():
+            self._engine.cancel(request_id)
+
+    def add(self, index: int, request_id: int) -> None:
+        """Expect events of `index` under this id."""
+        self._open[index] = request_id
+
+    def push(self, index: int, event: Event) -> None:
+        """Called by the engine's drain."""
+        self._pending.append((index, event))
+        if event.finish:
+            self._open.pop(index, None)
+        self._wake()
+
+    def fail(self, error: Exception) -> None:
+        """Raise `error` in the reader, after what is pending."""
+        self._error = error
+        self.close()
+        self._wake()
+
+    def _ready(self) -> bool:
+        return not self._open or (self._eager and bool(self._pending))
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done() and self._ready():
+            self._waiter.set_result(None)
+
+
+class AsyncEngine:
+    """Submits to an Engine and routes its events to EventStreams. Lives on the event loop that creates it.
+
+    Args:
+        engine: `_engine.Engine`, or what behaves like it.
+        new_params: `_engine.SamplingParams`.
+    """
+
+    def __init__(self, engine: Engine, new_params: Callable[[], SamplingParams]) -> None:
+        self._engine = engine
+        self._new_params = new_params
+        self._ids = itertools.count(1)
+        self._routes: dict[int, tuple[EventStream, int]] = {}
+        self._busy_since = 0.0
+        self._loop = asyncio.get_running_loop()
+        self._loop.add_reader(engine.fileno(), self._drain)
+
+    def submit(self, requests: Sequence[tuple[Sequence[int], Sampling]], *, eager: bool = True) -> EventStream:
+        """Start sequences, numbered in this order. Those with the same prompt share its cache blocks.
+
+        Args:
+            requests: Prompts and how to sample each.
+            eager: Wake the reader with every step; otherwise when all sequences have finished.
+
+        Raises:
+            BadRequestError: The engine can never serve one of them.
+            EngineError: The engine has stopped.
+        """
+        stream = EventStream(self, eager=eager)
+        try:
+            for index, (prompt, sampling) in enumerate(requests):
+                self._submit(stream, index, prompt, sampling)
+        except ValueError as error:
+            stream.close()
+            raise BadRequestError(str(error)) from None
+        except RuntimeError as error:
+            stream.close()
+            raise EngineError(str(error)) from None
+        return stream
+
+    def cancel(self, request_id: int) -> None:
+        """Forget a request and free what it holds, within a step."""
+        if self._routes.pop(request_id, None) is not None:
+            self._engine.cancel(request_id)
+
+    def stats(self) -> Stats:
+        """The engine's counters."""
+        return self._engine.stats()
+
+    def problem(self) -> str | None:
+        """Why the engine cannot serve; None when it can."""
+        stats = self._engine.stats()
+        if not stats.alive:
+            return stats.error or "the engine has stopped"
+        waited = time.monotonic() - max(stats.last_step_time, self._busy_since)
+        if self._routes and waited > STALL_SECONDS:
+            return f"the engine has not finished a step for {waited:.0f} s"
+        return None
+
+    def stop(self) -> None:
+        """Stop the engine's thread; requests that are still open end with an error."""
+        for stream, _ in list(self._routes.values()):
+            stream.fail(EngineError("The server is shutting down."))
+        self._loop.remove_reader(self._engine.fileno())
+        self._engine.stop()
+
+    def _submit(self, stream: EventStream, index: int, prompt: Sequence[int], sampling: Sampling) -> None:
+        params = self._new_params()
+        for name in sampling.__slots__:
+            setattr(params, name, getattr(sampling, name))
+        request_id = next(self._ids)
+        self._engine.submit(request_id, prompt, params)
+        if not self._routes:
+            self._busy_since = time.monotonic()
+        self._routes[request_id] = (stream, index)
+        stream.add(index, request_id)
+
+    def _drain(self) -> None:
+        for event in self._engine.drain():
+            route = self._routes.get(event.request_id)
+            if route is None:
+                continue  # cancelled meanwhile
+            if event.finish:
+                del self._routes[event.request_id]
+            stream, index = route
+            stream.push(index, event)

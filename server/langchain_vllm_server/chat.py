@@ -1,0 +1,143 @@
+"""POST /v1/chat/completions."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from typing import TYPE_CHECKING, Any
+
+from langchain_vllm_server import sampling
+from langchain_vllm_server.chat_messages import render_chat
+from langchain_vllm_server.chunks import ChunkStream, now
+from langchain_vllm_server.errors import BadRequestError
+from langchain_vllm_server.generation import start
+from langchain_vllm_server.logprobs import LogprobFormat
+from langchain_vllm_server.responses import encode_json
+
+if TYPE_CHECKING:
+    from starlette.responses import Response
+
+    from langchain_vllm_server.generation import Choice, Delta, Generation, Service
+    from langchain_vllm_server.protocol import ChatCompletionRequest
+
+
+async def create_chat_completion(
+    service: Service, request: ChatCompletionRequest, request_id: str
+) -> Response | dict[str, Any]:
+    """Answer a conversation: a stream of chunks, or a whole completion as its JSON object."""
+    model = service.model
+    answer = ChatAnswer(service, request, request_id)
+    parameters = sampling.resolve(
+        request,
+        model.sampling_defaults,
+        vocab_size=model.vocab_size,
+        num_logprobs=_num_logprobs(request, model.max_logprobs),
+    )
+    _check_tools(request)
+    prompt = await model.encode(render_chat(request, model), add_special_tokens=request.add_special_tokens)
+    if not prompt:
+        raise BadRequestError("The chat template made an empty prompt of the messages.", "messages")
+    limit = request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens
+    generation = start(service, request, parameters, [prompt], limit)
+    if request.stream:
+        head = {"id": answer.id, "object": "chat.completion.chunk", "created": answer.created, "model": answer.model}
+        return ChunkStream(generation, request, head, model.fingerprint, answer.chunk_entries).response()
+    with closing(generation):
+        return answer.whole(generation, await generation.collect())
+
+
+class ChatAnswer:
+    """Formats one answer."""
+
+    def __init__(self, service: Service, request: ChatCompletionRequest, request_id: str) -> None:
+        self.id = f"chatcmpl-{request_id}"
+        self.created = now()
+        self.model = service.model.check_name(request.model)
+        self._fingerprint = service.model.fingerprint
+        continues = not request.add_generation_prompt and request.messages
+        self._role = request.messages[-1].role if continues else service.model.response_role
+        self._wants_logprobs = request.logprobs
+        self._logprobs = LogprobFormat(service.model.tokenizer, as_token_ids=request.return_tokens_as_token_ids)
+        self._begun: set[int] = set()
+
+    def chunk_entries(self, choice: Choice, delta: Delta) -> list[bytes]:
+        """The role, once; then text; with the last one why it ended. Nothing while all text is held back."""
+        entries = []
+        if choice.index not in self._begun:
+            self._begun.add(choice.index)
+            entries.append(
+                b'{"index":%d,"delta":{"role":%b,"content":""},"logprobs":null,"finish_reason":null}'
+                % (choice.index, encode_json(self._role))
+            )
+        if delta.text or delta.logprobs or delta.finish_reason is not None:
+            entries.append(self._entry(choice, delta))
+        return entries
+
+    def _entry(self, choice: Choice, delta: Delta) -> bytes:
+        logprobs = (
+            encode_json(self._logprobs.chat(delta.logprobs)) if self._wants_logprobs and delta.logprobs else b"null"
+        )
+        head = b'{"index":%d,"delta":{"content":%b},"logprobs":%b,"finish_reason":' % (
+            choice.index,
+            encode_json(delta.text),
+            logprobs,
+        )
+        if delta.finish_reason is None:
+            return head + b"null}"
+        return head + b'%b,"stop_reason":%b}' % (encode_json(delta.finish_reason), encode_json(delta.stop_reason))
+
+    def whole(self, generation: Generation, deltas: list[Delta]) -> dict[str, Any]:
+        """The completion object, with vLLM's nulls."""
+        return {
+            "id": self.id,
+            "object": "chat.completion",
+            "created": self.created,
+            "model": self.model,
+            "choices": [self._choice(index, delta) for index, delta in enumerate(deltas)],
+            "service_tier": None,
+            "system_fingerprint": self._fingerprint,
+            "usage": generation.usage(),
+            "prompt_logprobs": None,
+            "prompt_token_ids": None,
+            "kv_transfer_params": None,
+            "metrics": generation.timing(),
+        }
+
+    def _choice(self, index: int, delta: Delta) -> dict[str, Any]:
+        message = {
+            "role": self._role,
+            "content": delta.text,
+            "refusal": None,
+            "annotations": None,
+            "audio": None,
+            "function_call": None,
+            "reasoning": None,
+        }
+        return {
+            "index": index,
+            "message": message,
+            "logprobs": self._logprobs.chat(delta.logprobs) if self._wants_logprobs else None,
+            "finish_reason": delta.finish_reason,
+            "stop_reason": delta.stop_reason,
+            "token_ids": None,
+        }
+
+
+def _num_logprobs(request: ChatCompletionRequest, limit: int) -> int:
+    if request.top_logprobs and not request.logprobs:
+        raise BadRequestError("when using `top_logprobs`, `logprobs` must be set to true.", "top_logprobs")
+    sampling.check_logprobs(request.top_logprobs, limit, "top_logprobs")
+    return request.top_logprobs if request.logprobs else -1
+
+
+def _check_tools(request: ChatCompletionRequest) -> None:
+    """Tools may be shown to the model (tool_choice "none"); this version cannot have it call them."""
+    if request.tools is not None and not request.tools:
+        raise BadRequestError("`tools` must not be an empty list; leave it out instead.", "tools")
+    if request.tool_choice == "none":
+        return
+    if request.tool_choice is not None and request.tools is None:
+        raise BadRequestError("When using `tool_choice`, `tools` must be set.", "tool_choice")
+    if request.tools is not None:
+        raise BadRequestError(
+            'Tool calling is not supported by this version of the server: `tools` needs `tool_choice` "none".', "tools"
+        )

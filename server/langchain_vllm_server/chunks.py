@@ -1,0 +1,81 @@
+"""Streams of completion chunks: what chat and text completions have in common."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+from langchain_vllm_server.errors import RequestError
+from langchain_vllm_server.responses import DONE, EventStreamResponse, encode_json, sse
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable
+
+    from langchain_vllm_server.generation import Choice, Delta, Generation
+    from langchain_vllm_server.protocol import GenerationRequest
+
+    # The JSON of entries of `choices` for what is new; several where a delta needs several chunks.
+    Entries = Callable[[Choice, Delta], list[bytes]]
+
+
+class ChunkStream:
+    """One streamed answer. All that its chunks share is formatted once.
+
+    Args:
+        head: The answer's fields before `choices`: id, object, created, model.
+        fingerprint: `system_fingerprint`, told in chunks that finish a choice.
+        entries: Formats what is new of a choice.
+    """
+
+    def __init__(
+        self,
+        generation: Generation,
+        request: GenerationRequest,
+        head: dict[str, Any],
+        fingerprint: str,
+        entries: Entries,
+    ) -> None:
+        self._generation = generation
+        self._entries = entries
+        self._head = encode_json(head)[:-1] + b',"choices":['
+        self._fingerprint = b',"system_fingerprint":' + encode_json(fingerprint)
+        options = request.stream_options
+        self._include_usage = options is not None and options.include_usage
+        self._continuous_usage = options is not None and options.continuous_usage_stats
+
+    def response(self) -> EventStreamResponse:
+        """The HTTP response."""
+        return EventStreamResponse(self._generation, self._chunks())
+
+    async def _chunks(self) -> AsyncIterator[bytes]:
+        try:
+            async for news in self._generation.deltas():
+                chunk = b"".join(self._events(choice, delta) for choice, delta in news)
+                if chunk:
+                    yield chunk
+            if self._include_usage:
+                yield sse(self._head + b"]" + self._usage() + self._timing() + b"}")
+        except RequestError as error:
+            yield sse(encode_json(error.envelope()))
+        yield DONE
+
+    def _events(self, choice: Choice, delta: Delta) -> bytes:
+        end = b"]"
+        if delta.finish_reason is not None:
+            end += self._fingerprint
+        if self._continuous_usage:
+            end += self._usage()
+        end += b"}"
+        return b"".join(sse(self._head + entry + end) for entry in self._entries(choice, delta))
+
+    def _usage(self) -> bytes:
+        return b',"usage":' + encode_json(self._generation.usage())
+
+    def _timing(self) -> bytes:
+        timing = self._generation.timing()
+        return b"" if timing is None else b',"metrics":' + encode_json(timing)
+
+
+def now() -> int:
+    """`created` of an answer."""
+    return int(time.time())

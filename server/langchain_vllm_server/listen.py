@@ -1,0 +1,112 @@
+"""The socket, and what ties a managed server to its launcher. It comes first, so it imports nothing heavy."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import json
+import os
+import signal
+import socket
+import stat
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from langchain_vllm_server.errors import StartError
+
+if TYPE_CHECKING:
+    import asyncio
+    from collections.abc import Callable
+
+    from langchain_vllm_server.settings import Settings
+
+_BACKLOG = 2048
+_PR_SET_PDEATHSIG = 1
+
+
+def listen(settings: Settings) -> socket.socket:
+    """A listening socket. Raises StartError that names the address and the remedy."""
+    if settings.uds is not None:
+        return _listen_unix(settings.uds)
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(_BACKLOG)
+    except OSError as error:
+        where = f"{settings.host}:{settings.port}"
+        if error.errno == errno.EADDRINUSE:
+            raise StartError(
+                f"{where} is in use by another program: stop it, or choose another --port (0 takes a free one)"
+            ) from None
+        raise StartError(f"cannot listen on {where}: {error.strerror or error}") from None
+    return listener
+
+
+def address(listener: socket.socket) -> dict[str, str]:
+    """Where to reach a listening socket: `url`, and for a Unix socket `uds`."""
+    name = listener.getsockname()
+    if listener.family == socket.AF_UNIX:
+        return {"url": "http://localhost", "uds": str(name)}
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(name[0], name[0])
+    return {"url": f"http://[{host}]:{name[1]}" if ":" in host else f"http://{host}:{name[1]}"}
+
+
+def announce(fd: int, where: dict[str, str]) -> None:
+    """Write the address as a line of JSON to the launcher's descriptor, and close it."""
+    try:
+        with os.fdopen(fd, "w") as stream:
+            stream.write(json.dumps(where) + "\n")
+    except OSError as error:
+        raise StartError(f"cannot write to --announce-fd {fd}: {error.strerror}") from None
+
+
+def die_with_parent() -> None:
+    """Have the kernel send SIGTERM when the thread that started this process is gone (Linux only)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+
+
+def watch_parent(loop: asyncio.AbstractEventLoop, fd: int, gone: Callable[[], None]) -> None:
+    """Call `gone` when the pipe reaches its end: the kernel closes it, whatever the launcher died of."""
+
+    def read() -> None:
+        with suppress(BlockingIOError):
+            if not os.read(fd, 4096):
+                loop.remove_reader(fd)
+                gone()
+
+    try:
+        os.set_blocking(fd, False)
+        loop.add_reader(fd, read)
+    except OSError as error:
+        raise StartError(f"cannot watch --parent-fd {fd}: {error.strerror}") from None
+
+
+def _listen_unix(path: str) -> socket.socket:
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        _remove_stale(path)
+        listener.bind(path)
+        listener.listen(_BACKLOG)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise StartError(f"{path} is in use by another program: stop it, or choose another --uds") from None
+        raise StartError(f"cannot listen on {path}: {error.strerror or error}") from None
+    return listener
+
+
+def _remove_stale(path: str) -> None:
+    """Remove a socket that a dead server left. One that answers stays, and so does a file of any other kind."""
+    if not Path(path).exists() or not stat.S_ISSOCK(Path(path).stat().st_mode):
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        try:
+            probe.connect(path)
+        except ConnectionRefusedError:
+            Path(path).unlink()

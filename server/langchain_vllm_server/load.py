@@ -1,0 +1,130 @@
+"""From settings to a running engine and the model that the routes serve."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from langchain_vllm_server import _engine
+from langchain_vllm_server.chat_messages import content_format
+from langchain_vllm_server.chat_template import ChatTemplate
+from langchain_vllm_server.checkpoint import load_checkpoint
+from langchain_vllm_server.engine_config import to_engine
+from langchain_vllm_server.errors import CheckpointError
+from langchain_vllm_server.hub import resolve_model
+from langchain_vllm_server.sampling import model_defaults
+from langchain_vllm_server.served_model import ServedModel
+from langchain_vllm_server.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from langchain_vllm_server.checkpoint import Checkpoint
+    from langchain_vllm_server.gate import Progress
+    from langchain_vllm_server.settings import Settings
+
+_FORMATS = {"float32": "F32", "float": "F32", "bfloat16": "BF16", "float16": "F16", "half": "F16"}
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """What serving needs."""
+
+    engine: _engine.Engine
+    model: ServedModel
+
+
+def load(settings: Settings, progress: Progress) -> Loaded:
+    """Find, read and load the model. Blocks.
+
+    Raises:
+        CheckpointError: The model was not found, is damaged or not supported.
+        ValueError: A setting cannot be met, such as a --max-model-len beyond the model's.
+        MemoryError: There is too little memory.
+    """
+    progress.enter("finding the model")
+    path = resolve_model(settings.model, settings.revision, settings.download_dir)
+    progress.enter("reading the checkpoint")
+    checkpoint = load_checkpoint(path)
+    config, tensors = to_engine(checkpoint)
+    loading = _engine.Loading()
+    progress.enter("loading weights", loading)
+    engine = _engine.Engine(config, tensors, engine_options(settings, checkpoint), loading)
+    try:
+        progress.enter("reading the tokenizer")
+        return Loaded(engine, served_model(settings, checkpoint, engine.options.max_model_len))
+    except BaseException:
+        engine.stop()
+        raise
+
+
+def engine_options(settings: Settings, checkpoint: Checkpoint) -> _engine.EngineOptions:
+    """The settings in the engine's words."""
+    options = _engine.EngineOptions()
+    options.device = "cpu"
+    options.num_threads = settings.threads
+    options.memory_bytes = settings.memory
+    options.max_model_len = settings.max_model_len
+    options.max_position = checkpoint.max_position
+    options.max_num_seqs = settings.max_num_seqs
+    options.max_num_batched_tokens = settings.max_num_batched_tokens
+    options.enable_prefix_caching = settings.enable_prefix_caching
+    options.weight_format = _FORMATS.get(settings.dtype, "")
+    if settings.kv_cache_dtype != "auto":
+        options.kv_format = _FORMATS[settings.kv_cache_dtype]
+    return options
+
+
+def served_model(settings: Settings, checkpoint: Checkpoint, max_model_len: int) -> ServedModel:
+    """What the routes need to know. Raises CheckpointError for a bad tokenizer or template."""
+    other = settings.tokenizer
+    tokenizer = checkpoint.tokenizer if other is None else _other_tokenizer(other, settings)
+    source = settings.chat_template if settings.chat_template is not None else checkpoint.chat_template
+    return ServedModel(
+        names=settings.served_model_name or (settings.model,),
+        root=str(checkpoint.path),
+        version=_engine.__version__,
+        tokenizer=tokenizer,
+        vocab_size=checkpoint.spec.vocab_size,
+        max_model_len=max_model_len,
+        eos_token_ids=tuple(checkpoint.eos_token_ids),
+        chat_template=None if source is None else _template(source, tokenizer),
+        content_format="string" if source is None else content_format(source),
+        sampling_defaults=sampling_defaults(settings, checkpoint.generation_config),
+        max_logprobs=settings.max_logprobs,
+        response_role=settings.response_role,
+        seeds=random.Random(settings.seed),
+    )
+
+
+def sampling_defaults(settings: Settings, generation_config: dict[str, Any]) -> dict[str, Any]:
+    """The model's own, or those of --generation-config, with --override-generation-config. Raises CheckpointError."""
+    source = "generation_config.json"
+    if settings.generation_config == "vllm":
+        generation_config = {}
+    elif settings.generation_config != "auto":
+        path = Path(settings.generation_config) / source
+        source = str(path)
+        try:
+            generation_config = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+        except (OSError, msgspec.MsgspecError) as error:
+            raise CheckpointError(f"--generation-config: {path}: {error}") from None
+    override = settings.override_generation_config or {}
+    return {**model_defaults(generation_config, source), **model_defaults(override, "--override-generation-config")}
+
+
+def _other_tokenizer(name: str, settings: Settings) -> Tokenizer:
+    """A folder needs no more than the tokenizer's files."""
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return Tokenizer.from_folder(folder)
+    return load_checkpoint(resolve_model(name, settings.revision, settings.download_dir)).tokenizer
+
+
+def _template(source: str, tokenizer: Tokenizer) -> ChatTemplate:
+    try:
+        return ChatTemplate(source, tokenizer.special_tokens)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from None

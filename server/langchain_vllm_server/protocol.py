@@ -1,0 +1,217 @@
+"""The bodies of requests: their types, and how bytes become them.
+
+A field that is null counts as absent. A field that nobody knows is accepted with a warning, as vLLM does; one that
+vLLM's API has, that would change the answer and that this version does not build is refused.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from typing import Any, TypeVar
+
+import msgspec
+
+from langchain_vllm_server.errors import BadRequestError, RequestError
+
+logger = logging.getLogger(__name__)
+
+# Fields that this version does not build, with the values that ask for nothing.
+_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "allowed_token_ids": (),
+    "audio": (),
+    "bad_words": ([],),
+    "best_of": (1,),
+    "cache_salt": (),
+    "chat_template": (),
+    "echo": (False,),
+    "ec_transfer_params": (),
+    "function_call": ("none",),
+    "functions": (),
+    "kv_transfer_params": (),
+    "logprob_token_ids": (),
+    "media_io_kwargs": ({},),
+    "mm_processor_kwargs": ({},),
+    "modalities": (["text"],),
+    "prediction": (),
+    "priority": (0,),
+    "prompt_embeds": (),
+    "prompt_logprobs": (),
+    "repetition_detection": (),
+    "response_format": ({"type": "text"},),
+    "return_prompt_text": (False,),
+    "return_token_ids": (False,),
+    "return_token_offsets": (False,),
+    "spaces_between_special_tokens": (True,),
+    "structured_outputs": (),
+    "suffix": ("",),
+    "thinking_token_budget": (-1,),
+    "truncate_prompt_tokens": (),
+    "use_beam_search": (False,),
+    "vllm_xargs": ({},),
+    "watermarking": (False,),
+    "web_search_options": (),
+}
+
+# Removed from vLLM's API, which now drops them silently.
+_REMOVED = frozenset({"guided_json", "guided_regex", "guided_choice", "guided_grammar", "guided_decoding_backend"})
+
+# Known fields that cannot change the answer of a server that keeps nothing and runs first come, first served.
+_HARMLESS = frozenset(
+    {
+        "include_reasoning",
+        "length_penalty",
+        "metadata",
+        "parallel_tool_calls",
+        "prompt_cache_key",
+        "prompt_cache_options",
+    }
+    | {"prompt_cache_retention", "safety_identifier", "service_tier", "session_id", "store", "stream_interval"}
+    | {"truncation_side", "user"}
+)
+
+
+class StreamOptions(msgspec.Struct, kw_only=True):
+    """What a stream tells beside the text."""
+
+    include_usage: bool = False  # a last chunk with the usage
+    continuous_usage_stats: bool = False  # the usage in every chunk
+
+
+class Message(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """One turn of a conversation."""
+
+    role: str
+    content: str | list[str | dict[str, Any]] | None = None
+    name: str | None = None
+    tool_call_id: str | None = None
+    tool_calls: list[dict[str, Any]] | None = None
+    reasoning: str | None = None
+    reasoning_content: str | None = None
+
+
+class GenerationRequest(msgspec.Struct, kw_only=True):
+    """The fields that chat and text completions share. None: take the model's default."""
+
+    model: str | None = None
+    n: int = 1
+    max_tokens: int | None = None
+    min_tokens: int = 0
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    seed: int | None = None
+    stop: str | list[str] = []
+    stop_token_ids: list[int] = []
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    skip_special_tokens: bool = True
+    return_tokens_as_token_ids: bool = False
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    request_id: str | None = None
+
+    @property
+    def stop_strings(self) -> list[str]:
+        """`stop` as a list."""
+        return [self.stop] if isinstance(self.stop, str) else self.stop
+
+
+class ChatCompletionRequest(GenerationRequest, kw_only=True):
+    """POST /v1/chat/completions."""
+
+    messages: list[Message]
+    max_completion_tokens: int | None = None
+    logprobs: bool = False
+    top_logprobs: int = 0
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    documents: list[dict[str, Any]] | None = None
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    add_special_tokens: bool = False
+    chat_template_kwargs: dict[str, Any] = {}
+    reasoning_effort: str | None = None
+
+
+class CompletionRequest(GenerationRequest, kw_only=True):
+    """POST /v1/completions."""
+
+    prompt: str | list[str | int | list[int]] = ""
+    max_tokens: int | None = 16
+    logprobs: int | None = None
+    add_special_tokens: bool = True
+
+
+class TokenizeRequest(msgspec.Struct, kw_only=True):
+    """POST /tokenize: a prompt, or messages as a chat would render them."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[Message] | None = None
+    add_special_tokens: bool | None = None  # None: true for a prompt, false for messages
+    return_token_strs: bool = False
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    chat_template_kwargs: dict[str, Any] = {}
+    tools: list[dict[str, Any]] | None = None
+    documents: list[dict[str, Any]] | None = None
+    reasoning_effort: str | None = None
+
+
+class DetokenizeRequest(msgspec.Struct, kw_only=True):
+    """POST /detokenize."""
+
+    model: str | None = None
+    tokens: list[int]
+
+
+T = TypeVar("T", bound=msgspec.Struct)
+
+
+def decode(body: bytes, type: type[T]) -> T:  # noqa: A002
+    """Decode and check the types of a JSON body. Raises RequestError (400) that names the field."""
+    try:
+        raw = msgspec.json.decode(body)
+    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
+        raise _invalid(f"the body is not valid JSON: {error}") from None
+    if not isinstance(raw, dict):
+        raise _invalid("the body must be a JSON object")
+    raw = {name: value for name, value in raw.items() if value is not None}
+    _refuse_unsupported(raw)
+    _warn_unknown(raw, type)
+    try:
+        return msgspec.convert(raw, type, strict=False)  # like pydantic: "5" and 5.0 are an int
+    except msgspec.ValidationError as error:
+        message, _, path = str(error).partition(" - at `$")
+        path = path.removesuffix("`").removesuffix("[...]")
+        if missing := re.search(r"missing required field `(\w+)`", message):
+            path += f".{missing[1]}"
+        raise _invalid(message, path.removeprefix(".") or None) from None
+
+
+def _invalid(message: str, param: str | None = None) -> RequestError:
+    where = f"{param}: " if param else ""
+    return RequestError(400, "Bad Request", f"1 validation error: {where}{message}", param)
+
+
+def _refuse_unsupported(raw: dict[str, Any]) -> None:
+    for name in raw.keys() & _REMOVED:
+        raise BadRequestError(
+            f"`{name}` is no longer part of vLLM's API, and its successor `structured_outputs` is not supported yet.",
+            name,
+        )
+    for name in raw.keys() & _UNSUPPORTED.keys():
+        if raw[name] not in _UNSUPPORTED[name]:
+            raise BadRequestError(f"`{name}` is not supported by this version of the server; leave it out.", name)
+
+
+def _warn_unknown(raw: dict[str, Any], type: type[msgspec.Struct]) -> None:  # noqa: A002
+    unknown = raw.keys() - set(type.__struct_fields__) - _HARMLESS - _UNSUPPORTED.keys()
+    if unknown:
+        logger.warning("ignored unknown fields of a request: %s", ", ".join(sorted(unknown))[:500])

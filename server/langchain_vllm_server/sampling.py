@@ -1,0 +1,168 @@
+"""From a request's sampling fields to the engine's parameters: defaults, ranges, limits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from langchain_vllm_server.errors import BadRequestError, CheckpointError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from langchain_vllm_server.protocol import GenerationRequest
+
+MAX_N = 16384
+MIN_TEMPERATURE = 0.01  # vLLM raises smaller ones: dividing logits by less overflows
+
+# A generation_config.json may set these; a request's own value wins.
+_DEFAULTS: dict[str, float] = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
+
+_RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    ("n", lambda v: v >= 1, "must be at least 1"),
+    ("n", lambda v: v <= MAX_N, f"must be at most {MAX_N}"),
+    ("presence_penalty", lambda v: -2 <= v <= 2, "must be in [-2, 2]"),
+    ("frequency_penalty", lambda v: -2 <= v <= 2, "must be in [-2, 2]"),
+    ("repetition_penalty", lambda v: v > 0, "must be greater than zero"),
+    ("temperature", lambda v: 0 <= v <= 2, "must be in [0, 2]"),
+    ("top_p", lambda v: 0 < v <= 1, "must be in (0, 1]"),
+    ("top_k", lambda v: v >= -1, "must be 0 (disable), or at least 1"),
+    ("min_p", lambda v: 0 <= v <= 1, "must be in [0, 1]"),
+    ("seed", lambda v: -(2**63) <= v < 2**63, "must be a 64-bit integer"),
+    ("max_tokens", lambda v: v >= 1, "must be at least 1"),
+    ("max_completion_tokens", lambda v: v >= 1, "must be at least 1"),
+    ("min_tokens", lambda v: v >= 0, "must be greater than or equal to 0"),
+)
+
+
+@dataclass(slots=True)
+class Sampling:
+    """The engine's SamplingParams, field by field, without importing the engine."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    top_k: int = 0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: list[tuple[int, float]] = field(default_factory=list)
+    seed: int = 0
+    num_logprobs: int = -1
+    max_tokens: int = 16
+    min_tokens: int = 0
+    stop_token_ids: list[int] = field(default_factory=list)
+
+
+def check_ranges(request: GenerationRequest) -> None:
+    """Raise BadRequestError for the first field out of its range."""
+    for name, valid, rule in _RANGES:
+        value = getattr(request, name, None)
+        if value is not None and not valid(value):
+            raise BadRequestError(f"{name} {rule}, got {value}.", name)
+    if any(not stop for stop in request.stop_strings) or request.stop == "":
+        raise BadRequestError("stop cannot contain an empty string.", "stop")
+    if request.stream_options is not None and not request.stream:
+        raise BadRequestError("Stream options can only be defined when `stream=True`.", "stream_options")
+
+
+def resolve(
+    request: GenerationRequest, defaults: Mapping[str, Any], *, vocab_size: int, num_logprobs: int = -1
+) -> Sampling:
+    """Merge the request, the model's generation_config and vLLM's defaults; seed, max_tokens and stop tokens are left.
+
+    Raises:
+        BadRequestError: a value is out of range or contradicts another.
+    """
+    check_ranges(request)
+    chosen = {name: _first(getattr(request, name), defaults.get(name), neutral) for name, neutral in _DEFAULTS.items()}
+    temperature = chosen["temperature"]
+    if request.n > 1 and temperature == 0:
+        raise BadRequestError(f"n must be 1 when using greedy sampling, got {request.n}.", "n")
+    _check_vocabulary(request.stop_token_ids, vocab_size, "stop_token_ids")
+    return Sampling(
+        temperature=max(temperature, MIN_TEMPERATURE) if temperature else 0.0,
+        top_p=chosen["top_p"],
+        min_p=chosen["min_p"],
+        top_k=min(max(int(chosen["top_k"]), 0), vocab_size),
+        presence_penalty=request.presence_penalty,
+        frequency_penalty=request.frequency_penalty,
+        repetition_penalty=chosen["repetition_penalty"],
+        logit_bias=_logit_bias(request.logit_bias or {}, vocab_size),
+        num_logprobs=num_logprobs,
+        min_tokens=request.min_tokens,
+    )
+
+
+def model_defaults(config: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """The sampling defaults in a generation_config.json. Raises CheckpointError, naming `source`, for a bad one."""
+    defaults = {name: config[name] for name in (*_DEFAULTS, "max_new_tokens") if config.get(name) is not None}
+    for name, value in defaults.items():
+        field_name = "max_tokens" if name == "max_new_tokens" else name
+        rules = [(valid, rule) for ranged, valid, rule in _RANGES if ranged == field_name]
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise CheckpointError(f"{source}: {name} must be a number, got {value!r}")
+        for valid, rule in rules:
+            if not valid(value):
+                raise CheckpointError(f"{source}: {name} {rule}, got {value}")
+    return defaults
+
+
+def max_tokens(
+    requested: int | None, default: int | None, min_tokens: int, num_prompt_tokens: int, max_model_len: int
+) -> int:
+    """How many tokens may be generated: what was asked for, at most what the context has left.
+
+    Raises:
+        BadRequestError: the prompt leaves no room, more was asked for than the whole context, or min_tokens do not fit.
+    """
+    if num_prompt_tokens >= max_model_len:
+        raise BadRequestError(
+            f"This model's maximum context length is {max_model_len} tokens. However, your prompt contains "
+            f"{num_prompt_tokens} input tokens. Please reduce the length of the input prompt.",
+            "input_tokens",
+        )
+    if requested is not None and requested > max_model_len:
+        raise BadRequestError(
+            f"max_tokens={requested} is greater than this model's maximum context length of {max_model_len} tokens.",
+            "max_tokens",
+        )
+    room = max_model_len - num_prompt_tokens
+    length = min(int(_first(requested, default, room)), room)
+    if min_tokens > length:
+        raise BadRequestError(
+            f"min_tokens must be less than or equal to max_tokens={length}, got {min_tokens}.", "min_tokens"
+        )
+    return length
+
+
+def check_logprobs(requested: int, limit: int, param: str) -> None:
+    """Raise BadRequestError when more logprobs are asked for than the server gives (`limit` -1: no limit)."""
+    if requested < 0:
+        raise BadRequestError(f"`{param}` must be a positive value.", param)
+    if 0 <= limit < requested:
+        raise BadRequestError(
+            f"Requested sample logprobs of {requested}, which is greater than max allowed: {limit}", param
+        )
+
+
+def _first(*values: Any) -> Any:
+    return next(value for value in values if value is not None)
+
+
+def _logit_bias(bias: Mapping[str, float], vocab_size: int) -> list[tuple[int, float]]:
+    try:
+        pairs = [(int(token), min(max(value, -100.0), 100.0)) for token, value in bias.items()]
+    except ValueError:
+        raise BadRequestError("logit_bias: the keys must be token ids.", "logit_bias") from None
+    _check_vocabulary([token for token, _ in pairs], vocab_size, "logit_bias")
+    return pairs
+
+
+def _check_vocabulary(tokens: list[int], vocab_size: int, param: str) -> None:
+    outside = [token for token in tokens if not 0 <= token < vocab_size]
+    if outside:
+        raise BadRequestError(
+            f"token_id(s) {outside[:10]} in {param} contain out-of-vocab token ids. Vocabulary size: {vocab_size}",
+            param,
+        )

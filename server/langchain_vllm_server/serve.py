@@ -1,0 +1,198 @@
+"""The life of the server process: listen at once, load, serve, drain, stop."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from contextlib import AbstractContextManager, nullcontext, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import uvicorn
+
+from langchain_vllm_server.gate import Gate, Progress
+from langchain_vllm_server.listen import address, watch_parent
+
+if TYPE_CHECKING:
+    import socket
+
+    from langchain_vllm_server.async_engine import AsyncEngine
+    from langchain_vllm_server.load import Loaded
+    from langchain_vllm_server.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+_GRACE_SECONDS = 2.0  # for the last bytes, after the engine was stopped
+
+
+def serve(settings: Settings, listener: socket.socket) -> int:
+    """Serve until a signal or the launcher's end; the exit code.
+
+    Raises:
+        CheckpointError, ValueError, MemoryError, OSError: The model could not be loaded.
+    """
+    _set_up_logging(settings)
+    started = time.monotonic()
+    process = ServerProcess(settings, listener)
+    try:
+        with asyncio.Runner(loop_factory=process.http.config.get_loop_factory()) as runner:
+            runner.run(process.run(started))
+    finally:
+        if settings.uds is not None:
+            Path(settings.uds).unlink(missing_ok=True)
+    if process.is_loading:
+        # Asked to stop while a thread loads in native code: it cannot be interrupted, and there is nothing to save.
+        logging.shutdown()
+        sys.stderr.flush()
+        os._exit(0)
+    return 0
+
+
+class HttpServer(uvicorn.Server):
+    """Uvicorn without its signal handlers: those are the process's."""
+
+    def capture_signals(self) -> AbstractContextManager[None]:  # type: ignore[override]
+        """Take no signals."""
+        return nullcontext()
+
+
+class ServerProcess:
+    """One server: the HTTP side from the start, the engine as soon as it is loaded."""
+
+    def __init__(self, settings: Settings, listener: socket.socket) -> None:
+        self._settings = settings
+        self._listener = listener
+        self._progress = Progress()
+        self._gate = Gate(self._progress)
+        self._engine: AsyncEngine | None = None
+        self._thread: threading.Thread | None = None
+        self.http = HttpServer(
+            uvicorn.Config(
+                self._gate,
+                log_config=None,
+                access_log=settings.access_log,
+                lifespan="off",
+                ws="none",
+                server_header=False,
+                timeout_graceful_shutdown=round(settings.shutdown_timeout + _GRACE_SECONDS),
+            )
+        )
+
+    @property
+    def is_loading(self) -> bool:
+        """Whether the loading thread still runs."""
+        return self._thread is not None and self._thread.is_alive()
+
+    async def run(self, started: float) -> None:
+        """Serve until asked to stop. `started` is when the process was, for the log."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self.stop)
+        if self._settings.parent_fd is not None:
+            watch_parent(loop, self._settings.parent_fd, self.abandon)
+        logger.info("listening on %s, loading %s", " ".join(address(self._listener).values()), self._settings.model)
+        serving = asyncio.create_task(self.http.serve(sockets=[self._listener]))
+        loading = self._load()
+        progress = asyncio.create_task(self._show_progress())
+        try:
+            await asyncio.wait((serving, loading), return_when=asyncio.FIRST_COMPLETED)
+            progress.cancel()
+            if loading.done():
+                self._open(loading.result(), started)
+            await serving
+        finally:
+            progress.cancel()
+            self._stop_engine()
+            self.stop()
+            await serving
+
+    def stop(self) -> None:
+        """Take no more requests, give the open ones the settings' time, then end; a second call ends at once."""
+        if self.http.should_exit:
+            self.http.force_exit = True
+            self._stop_engine()
+        elif self._engine is not None:
+            asyncio.get_running_loop().call_later(self._settings.shutdown_timeout, self._stop_engine)
+        self.http.should_exit = True
+
+    def abandon(self) -> None:
+        """The launcher is gone, and with it every client: end at once."""
+        self.http.should_exit = self.http.force_exit = True
+
+    def _load(self) -> asyncio.Future[Loaded]:
+        """Load in a thread that nobody waits for at exit."""
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[Loaded] = loop.create_future()
+
+        def settle(result: Loaded | None, error: BaseException | None) -> None:
+            if result is not None:
+                future.set_result(result)
+            elif error is not None:
+                future.set_exception(error)
+
+        def work() -> None:
+            result, error = None, None
+            try:
+                from langchain_vllm_server.load import load
+
+                result = load(self._settings, self._progress)
+            except BaseException as caught:
+                error = caught
+            with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                loop.call_soon_threadsafe(settle, result, error)
+
+        self._thread = threading.Thread(target=work, name="load", daemon=True)
+        self._thread.start()
+        return future
+
+    def _open(self, loaded: Loaded, started: float) -> None:
+        """Let requests through to the model."""
+        from langchain_vllm_server._engine import SamplingParams
+        from langchain_vllm_server.app import create_app
+        from langchain_vllm_server.async_engine import AsyncEngine
+        from langchain_vllm_server.generation import Service
+        from langchain_vllm_server.metrics import Metrics
+
+        model, engine = loaded.model, loaded.engine
+        self._engine = AsyncEngine(engine, SamplingParams)
+        metrics = Metrics(model.names[0], model.max_model_len)
+        self._gate.app = create_app(Service(model, self._engine, metrics), self._settings.api_key)
+        logger.info(
+            "ready in %.1f s: %s on %s, %d MiB of weights, context of %d tokens",
+            time.monotonic() - started,
+            model.names[0],
+            engine.device_name,
+            engine.weight_bytes >> 20,
+            model.max_model_len,
+        )
+
+    def _stop_engine(self) -> None:
+        engine, self._engine = self._engine, None
+        if engine is not None:
+            engine.stop()
+
+    async def _show_progress(self) -> None:
+        """One line on a terminal while the weights load."""
+        if not sys.stderr.isatty():
+            return
+        try:
+            while True:
+                await asyncio.sleep(0.1)
+                if fraction := self._progress.fraction:
+                    print(f"\r{self._progress.phase} {fraction:4.0%} ", end="", file=sys.stderr, flush=True)  # noqa: T201
+        finally:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)  # noqa: T201
+
+
+def _set_up_logging(settings: Settings) -> None:
+    level = settings.log_level.upper()
+    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    # Uvicorn tells of its own start and stop at INFO; the lines above say more.
+    logging.getLogger("uvicorn.error").setLevel("DEBUG" if level == "DEBUG" else "WARNING")
+    if settings.without_effect:
+        logger.warning("without effect on this server: %s", " ".join(settings.without_effect))

@@ -1,0 +1,68 @@
+"""The model as the routes see it: names, limits, tokenizer, template and sampling defaults."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from langchain_vllm_server.errors import BadRequestError, NotFoundError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from langchain_vllm_server.chat_template import ChatTemplate
+    from langchain_vllm_server.tokenizer import Tokenizer
+
+_LONG_TEXT = 20_000  # characters; encoding more than that takes long enough to be worth a thread
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServedModel:
+    """What does not change while the server runs."""
+
+    names: tuple[str, ...]  # the first one is the model's own for answers to requests that name none
+    root: str
+    version: str  # of the server
+    tokenizer: Tokenizer
+    vocab_size: int
+    max_model_len: int
+    eos_token_ids: tuple[int, ...] = ()
+    chat_template: ChatTemplate | None = None
+    content_format: str = "string"  # what the template takes as a message's content: "string" or "openai" (parts)
+    sampling_defaults: Mapping[str, Any] = field(default_factory=dict)
+    max_logprobs: int = 20
+    response_role: str = "assistant"
+    seeds: random.Random = field(default_factory=random.Random)  # for requests that give no seed
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def fingerprint(self) -> str:
+        """`system_fingerprint` of answers."""
+        return f"langchain-vllm-{self.version}"
+
+    def check_name(self, name: str | None) -> str:
+        """The name to answer under. Raises NotFoundError for one that is not served."""
+        if not name:
+            return self.names[0]
+        if name not in self.names:
+            aliases = ", ".join(f"`{alias}`" for alias in self.names)
+            raise NotFoundError(f"The model `{name}` does not exist. Valid aliases: {aliases}.", "model")
+        return name
+
+    async def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """Token ids of a text; a long one is encoded in a thread. Raises BadRequestError for half a surrogate pair."""
+        try:
+            if len(text) < _LONG_TEXT:
+                return self.tokenizer.encode(text, add_special_tokens)
+            return await asyncio.to_thread(self.tokenizer.encode, text, add_special_tokens)
+        except ValueError as error:
+            raise BadRequestError(str(error), "prompt") from None
+
+    def check_tokens(self, tokens: list[int], param: str) -> None:
+        """Raise BadRequestError for an id outside the vocabulary."""
+        for token in tokens:
+            if not 0 <= token < self.vocab_size:
+                raise BadRequestError(f"Token id {token} is out of vocabulary (size {self.vocab_size}).", param)
