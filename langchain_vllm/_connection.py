@@ -1,0 +1,197 @@
+"""The way from a LangChain object to its server: an address or a managed server, SDK clients, errors with a remedy."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import os
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import openai
+
+from langchain_vllm import _http
+from langchain_vllm._shared import SharedServer, shared_server
+from langchain_vllm.errors import VLLMConnectionError, VLLMContextOverflowError, is_context_overflow
+from langchain_vllm.launcher import VLLMServer
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+NO_KEY = "EMPTY"
+"""What vLLM's documentation passes for a key where none is wanted; the OpenAI SDK insists on one."""
+
+_SERVER_OPTIONS = frozenset(inspect.signature(VLLMServer).parameters) - {"model"}
+
+
+def base_url_from_env() -> str | None:
+    """The server's address in VLLM_BASE_URL or VLLM_API_BASE."""
+    return os.environ.get("VLLM_BASE_URL") or os.environ.get("VLLM_API_BASE") or None
+
+
+@dataclass
+class Connection:
+    """A connection to the server at `base_url`, or, if that is None, to a managed one that `open` starts or joins.
+
+    Raises:
+        ValueError: The arguments contradict one another.
+    """
+
+    base_url: str | None
+    model: str
+    api_key: str
+    server_options: Mapping[str, Any]
+    timeout: Any = None
+    max_retries: int | None = None
+    default_headers: Mapping[str, str] | None = None
+    default_query: Mapping[str, object] | None = None
+    organization: str | None = None
+    proxy: str | None = None
+    socket_options: Sequence[_http.SocketOption] | None = None
+    http_client: Any = None
+    http_async_client: Any = None
+
+    client: Any = field(init=False, default=None)
+    """An `openai.OpenAI`, or None before a managed server runs."""
+    async_client: Any = field(init=False, default=None)
+    _url: str | None = field(init=False, default=None)
+    _pid: int = field(init=False, default=0)
+    _served_model: str | None = field(init=False, default=None)
+    _shared: SharedServer | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        if self.base_url is None:
+            self._check_managed()
+        elif self.server_options:
+            raise ValueError(
+                f"server_options are for a managed server, but this one is at {self.base_url}: "
+                "leave them out, or leave out base_url (and VLLM_BASE_URL)."
+            )
+        else:
+            self._point_to(self.base_url)
+
+    def _check_managed(self) -> None:
+        if not self.model:
+            raise ValueError("Pass model= (for a managed local server), or base_url= or VLLM_BASE_URL (for another).")
+        if unknown := set(self.server_options) - _SERVER_OPTIONS:
+            raise ValueError(f"Unknown server_options {sorted(unknown)}; VLLMServer has {sorted(_SERVER_OPTIONS)}.")
+
+    @property
+    def server(self) -> VLLMServer | None:
+        """The managed server, from the first `open` on."""
+        return self._shared.server if self._shared else None
+
+    @property
+    def served_model(self) -> str:
+        """The model that requests name: the given one, or else the only one that the server has."""
+        return self.model or self._served_model or ""
+
+    @property
+    def is_open(self) -> bool:
+        """Whether `open` has nothing to do."""
+        if self.client is None or self._pid != os.getpid() or not self.served_model:
+            return False
+        return self.server is None or (self.server.is_ready and self.server.base_url == self._url)
+
+    def open(self) -> None:
+        """Make sure that there is a server and a model. A managed server that has ended is started again.
+
+        Raises:
+            VLLMServerError: The managed server did not start.
+            ValueError: No model was given and the server has none or several.
+        """
+        if self.is_open:
+            return
+        self._point_to(self.base_url or self._managed_url())
+        if not self.model:
+            self._served_model = self._only_served_model()
+
+    def _managed_url(self) -> str:
+        if self._shared is None:
+            key = {} if self.api_key == NO_KEY else {"api_key": self.api_key}
+            self._shared = shared_server(self.model, **{**key, **self.server_options})
+        self._shared.server.start()
+        return self._shared.server.base_url
+
+    async def aopen(self) -> None:
+        """`open` without blocking the event loop."""
+        if not self.is_open:
+            await asyncio.to_thread(self.open)
+
+    def tokenize(self, **body: Any) -> dict[str, Any]:
+        """The answer of vLLM's `/tokenize`, which stands beside `/v1` and not in it."""
+        self.open()
+        root = str(self._url).rstrip("/").removesuffix("/v1")
+        with self.explained():
+            answer = self.client.post(f"{root}/tokenize", cast_to=object, body={"model": self.served_model, **body})
+        return dict(answer)
+
+    @contextmanager
+    def explained(self) -> Iterator[None]:
+        """Raise LangChain's kind of error, with a remedy, where `langchain_openai` has none for vLLM."""
+        try:
+            yield
+        except openai.APITimeoutError:
+            raise
+        except (openai.APIConnectionError, _http.TransportError) as error:
+            request: Any = error.request
+            raise VLLMConnectionError(message=self._why_unreachable(error), request=request) from error
+        except openai.BadRequestError as error:
+            if is_context_overflow(error):
+                raise VLLMContextOverflowError(error.message, response=error.response, body=error.body) from error
+            raise
+
+    def _why_unreachable(self, error: Exception) -> str:
+        cause = _first_cause(error)
+        if self.server is None:
+            return (
+                f"No answer from the vLLM server at {self._url} ({cause}). Start one with `langchain-vllm serve MODEL` "
+                "or `vllm serve MODEL`, or leave out base_url, and ChatVLLM starts its own."
+            )
+        state = "has ended (the next call starts it again)" if _ends(self.server) else "runs, but did not answer"
+        return f"The managed server {state}: {cause}. The end of its log:\n{self.server.log_tail()}"
+
+    def _only_served_model(self) -> str:
+        with self.explained():
+            served = [str(model.id) for model in self.client.models.list()]
+        if len(served) != 1:
+            raise ValueError(f"The server at {self._url} has the models {served}: choose one with model=.")
+        return served[0]
+
+    def _point_to(self, url: str) -> None:
+        if (url, os.getpid()) == (self._url, self._pid):
+            return
+        proxy = self.proxy or _http.environment_proxy(url)
+        sockets = _http.KEEP_ALIVE if self.socket_options is None else tuple(self.socket_options)
+        options: dict[str, Any] = {
+            "api_key": self.api_key,
+            "base_url": url,
+            "timeout": _http.timeout(self.timeout),
+            "default_query": self.default_query,
+        }
+        if self.max_retries is not None:
+            options["max_retries"] = self.max_retries
+        client = openai.OpenAI(http_client=self.http_client or _http.sync_client(proxy, sockets), **options)
+        http_async_client = self.http_async_client or _http.async_client(proxy, sockets)
+        async_client = openai.AsyncOpenAI(http_client=http_async_client, **options)
+        for made in (client, async_client):
+            # The SDK has just filled these from OPENAI_ORG_ID, OPENAI_PROJECT_ID and OPENAI_CUSTOM_HEADERS.
+            made.organization, made.project = self.organization, None
+            made._custom_headers = dict(self.default_headers or {})
+        self.client, self.async_client, self._url, self._pid = client, async_client, url, os.getpid()
+
+
+def _ends(server: VLLMServer) -> bool:
+    """Whether the process is gone; a connection breaks a moment before that."""
+    deadline = time.monotonic() + 0.2
+    while server.is_running and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return not server.is_running
+
+
+def _first_cause(error: BaseException) -> BaseException:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error

@@ -1,0 +1,119 @@
+"""The command `langchain-vllm`: serve a model, or talk with one."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from langchain_core.messages import BaseMessage
+
+    from langchain_vllm import ChatVLLM
+
+DEFAULT_MODEL = "SmolLM2-135M-Instruct"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["serve"]:  # with a parser of its own, which knows vLLM's flags
+        return _serve(arguments[1:])
+    args = _parser().parse_args(arguments)
+    try:
+        return _chat(args)
+    except (ImportError, RuntimeError, ValueError) as error:
+        print(f"langchain-vllm: {error}", file=sys.stderr)  # noqa: T201
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    from langchain_vllm import __version__
+
+    parser = argparse.ArgumentParser(prog="langchain-vllm", description="Serve language models, and talk with them.")
+    parser.add_argument("--version", action="version", version=f"langchain-vllm {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands.add_parser("serve", add_help=False, help="serve a model over HTTP (see langchain-vllm serve --help)")
+    chat = commands.add_parser(
+        "chat",
+        help="talk with a model in the terminal",
+        description="Talk with a model. Ctrl-C stops an answer, /clear begins anew, Ctrl-D or /exit ends the program.",
+    )
+    chat.add_argument("model", nargs="?", metavar="MODEL", help=f"as for serve; default {DEFAULT_MODEL}")
+    chat.add_argument("--base-url", metavar="URL", help="talk with the server there, and start none")
+    chat.add_argument("--system", metavar="TEXT", help="a system message")
+    chat.add_argument("--temperature", type=float, help="default: the server's")
+    chat.add_argument("--max-tokens", type=int, help="longest answer, in tokens")
+    return parser
+
+
+def _serve(arguments: list[str]) -> int:
+    try:
+        from langchain_vllm_server.__main__ import main as serve
+    except ModuleNotFoundError as error:
+        print(f'langchain-vllm serve needs {error.name}: pip install "langchain-vllm[server]"', file=sys.stderr)  # noqa: T201
+        return 1
+    return int(serve(arguments) or 0)
+
+
+def _chat(args: argparse.Namespace) -> int:
+    from langchain_vllm import ChatVLLM, VLLMServer
+
+    with ExitStack() as stack:
+        base_url = args.base_url
+        model = args.model or ("" if base_url else DEFAULT_MODEL)
+        if base_url is None:
+            base_url = stack.enter_context(VLLMServer(model)).base_url
+        llm = ChatVLLM(base_url=base_url, model=model, temperature=args.temperature, max_tokens=args.max_tokens)
+        _converse(llm, args.system)
+    return 0
+
+
+def _converse(llm: ChatVLLM, system: str | None) -> None:
+    from langchain_core.messages import HumanMessage, SystemMessage
+
+    beginning: list[BaseMessage] = [SystemMessage(system)] if system else []
+    history = list(beginning)
+    while (text := _read()) is not None and text != "/exit":
+        if text == "/clear":
+            history = list(beginning)
+        elif text:
+            question = HumanMessage(text)
+            answer = _answer(llm, [*history, question])
+            history += [question, answer] if answer else []
+
+
+def _read() -> str | None:
+    """A line from the user without surrounding blanks; None at the end."""
+    while True:
+        try:
+            return input("> " if sys.stdin.isatty() else "").strip()
+        except EOFError:
+            return None
+        except KeyboardInterrupt:
+            print("\n(Ctrl-D or /exit ends the conversation)")  # noqa: T201
+
+
+def _answer(llm: ChatVLLM, messages: list[BaseMessage]) -> BaseMessage | None:
+    """Print the answer as it comes; None if there is none. One that Ctrl-C stopped counts as far as it got."""
+    import openai
+
+    answer: BaseMessage | None = None
+    try:
+        for chunk in llm.stream(messages):
+            print(chunk.text, end="", flush=True)  # noqa: T201
+            answer = chunk if answer is None else answer + chunk  # type: ignore[assignment]
+    except KeyboardInterrupt:
+        pass
+    except openai.OpenAIError as error:
+        print(error, file=sys.stderr)  # noqa: T201
+        return None
+    print()  # noqa: T201
+    return answer
+
+
+if __name__ == "__main__":
+    sys.exit(main())

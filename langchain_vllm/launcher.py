@@ -1,0 +1,296 @@
+"""`VLLMServer`: a local server for the time it is needed."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+import time
+import weakref
+from contextlib import closing
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Self, TextIO
+from urllib.error import HTTPError
+from urllib.request import ProxyHandler, build_opener
+
+from langchain_vllm._process import ServerProcess
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+POLL_SECONDS = 0.05
+ERROR_LOG_LINES = 30
+
+_SERVER_PACKAGES = ("starlette", "uvicorn", "tokenizers", "jinja2", "msgspec", "orjson")
+
+
+class VLLMServerError(RuntimeError):
+    """A server could not be started; the message ends with the last lines of its log."""
+
+
+@dataclass(frozen=True)
+class Health:
+    """What a server says of itself.
+
+    Attributes:
+        status: "ok", "loading", "stopped" (no process), "unreachable" (no answer), or another word of the server's.
+        phase: What it is doing while loading, such as "weights".
+        progress: How much of that is done, 0 to 1.
+    """
+
+    status: str
+    phase: str = ""
+    progress: float = 0.0
+
+    @property
+    def ready(self) -> bool:
+        """Whether requests will be served."""
+        return self.status == "ok"
+
+
+class VLLMServer:
+    """A server for one model, run as a child process of this one.
+
+    ```python
+    with VLLMServer("SmolLM2-135M-Instruct") as server:
+        llm = ChatVLLM(base_url=server.base_url)
+    ```
+
+    The server ends with `stop()`, with the `with` block, when this object is garbage-collected, at interpreter exit,
+    and when this process is gone, even by SIGKILL. A forked child may use it, but neither stops it nor keeps it alive.
+    Thread-safe.
+
+    Args:
+        model: A checkpoint folder, a `.gguf` file, a hub id, or the default model's name `SmolLM2-135M-Instruct`.
+        host: Address to listen on.
+        port: Port to listen on; 0 takes a free one.
+        api_key: Key that requests must carry. It travels in the environment, not on the command line.
+        served_model_name: Name or names that requests use for the model; by default `model` as given.
+        max_model_len: Longest sequence in tokens; by default the model's own.
+        max_num_seqs: Sequences computed together at most.
+        dtype: "float32", "bfloat16", "float16" or "auto".
+        seed: Seed for requests that have none.
+        threads: CPU threads; by default one per core.
+        memory: Limit for weights and KV cache, such as "4GiB".
+        extra_args: Further command line arguments of `langchain-vllm serve`.
+        env: Environment variables added to this process's own.
+        startup_timeout: Seconds that a start may stand still before it fails; with progress it may take any time.
+        show_progress: Report loading on stderr; by default if that is a terminal.
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str],
+        *,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        api_key: str | None = None,
+        served_model_name: str | Sequence[str] | None = None,
+        max_model_len: int | None = None,
+        max_num_seqs: int | None = None,
+        dtype: str | None = None,
+        seed: int | None = None,
+        threads: int | None = None,
+        memory: str | None = None,
+        extra_args: Sequence[str] = (),
+        env: Mapping[str, str] | None = None,
+        startup_timeout: float = 120.0,
+        show_progress: bool | None = None,
+    ) -> None:
+        self.model = os.fspath(model)
+        self.startup_timeout = startup_timeout
+        self.startup_seconds: float | None = None
+        """How long the last start took; None before it."""
+        self._flags: dict[str, str | int | Sequence[str] | None] = {
+            "host": host,
+            "port": port,
+            "served-model-name": served_model_name,
+            "max-model-len": max_model_len,
+            "max-num-seqs": max_num_seqs,
+            "dtype": dtype,
+            "seed": seed,
+            "threads": threads,
+            "memory": memory,
+            "shutdown-timeout": 3,  # seconds; whoever stops a server of their own is not waiting for its answers
+        }
+        self._extra_args = list(extra_args)
+        self._env = {**(env or {}), **({"VLLM_API_KEY": api_key} if api_key else {})}
+        self._show_progress = show_progress
+        self._starting = threading.Lock()
+        self._process: ServerProcess | None = None
+        self._finalizer: weakref.finalize[[], VLLMServer] | None = None
+        self._url: str | None = None
+        self._ready = False
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.stop()
+
+    def __repr__(self) -> str:
+        where = f"at {self._url}, pid {self.pid}" if self.is_running else "not running"
+        return f"<VLLMServer {self.model!r} {where}>"
+
+    @property
+    def base_url(self) -> str:
+        """The API's address, such as `http://127.0.0.1:34567/v1`. Raises `VLLMServerError` if it was not started."""
+        if self._url is None:
+            raise VLLMServerError(f"The server for {self.model!r} is not started: use `with server:` or `start()`.")
+        return f"{self._url}/v1"
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the process is there, ready or not."""
+        return self._process is not None and self._process.running
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether a start has completed and the process is still there; asks the process table, not the server."""
+        return self._ready and self.is_running
+
+    @property
+    def pid(self) -> int | None:
+        """The server's process id, if it was started."""
+        return self._process.pid if self._process else None
+
+    def log_tail(self, lines: int = ERROR_LOG_LINES) -> str:
+        """The last lines that the server wrote; also of one that has ended."""
+        return self._process.log_tail(lines) if self._process else ""
+
+    def start(self) -> None:
+        """Start the server and wait until it is ready; start it anew if it has died. Does nothing if it is ready.
+
+        Raises:
+            VLLMServerError: It ended, or stood still for `startup_timeout` seconds; the message has the end of its log.
+            ImportError: The server's packages are not installed.
+        """
+        with self._starting:
+            if self.is_ready:
+                return
+            _require_server_packages()
+            self.stop()
+            begin = time.monotonic()
+            process = ServerProcess(self._command, {**os.environ, **self._env})
+            self._process = process
+            self._finalizer = weakref.finalize(self, process.terminate)
+            try:
+                self._url = self._announced_address(process)
+                self.wait_ready()
+            except BaseException:
+                self.stop()
+                raise
+            self.startup_seconds = time.monotonic() - begin
+
+    def wait_ready(self) -> None:
+        """Wait until the started server serves requests.
+
+        Raises:
+            VLLMServerError: See `start`.
+        """
+        last, deadline = Health(""), 0.0
+        with closing(_ProgressReport(self.model, self._show_progress)) as report:
+            while not (health := self.health()).ready:
+                if not self.is_running:
+                    raise self._failure("ended before it was ready")
+                if health != last:
+                    last, deadline = health, time.monotonic() + self.startup_timeout
+                    report.show(health)
+                elif time.monotonic() > deadline:
+                    doing = health.phase or health.status
+                    raise self._failure(f"made no progress for {self.startup_timeout:g} s (phase: {doing})")
+                time.sleep(POLL_SECONDS)
+        self._ready = True
+
+    def health(self) -> Health:
+        """Ask the server how it is."""
+        if not self.is_running or self._url is None:
+            return Health("stopped")
+        opener = build_opener(ProxyHandler({}))  # a proxy in the environment is not for this machine
+        try:
+            with opener.open(f"{self._url}/health", timeout=5.0):
+                return Health("ok")
+        except HTTPError as error:
+            with error:
+                return _parse_health(error.read())
+        except OSError:
+            return Health("unreachable")
+
+    def stop(self) -> None:
+        """Stop the server and wait for its end, by force after ten seconds. Does nothing if it is not running."""
+        self._ready, self._url = False, None
+        if self._finalizer is not None:
+            self._finalizer()
+
+    def _command(self, announce_fd: int, parent_fd: int) -> list[str]:
+        command = [sys.executable, "-m", "langchain_vllm_server", self.model]
+        for flag, value in self._flags.items():
+            if value is not None:
+                values = [str(value)] if isinstance(value, (str, int)) else value
+                command += [f"--{flag}", *values]
+        command += ["--disable-access-log", "--announce-fd", str(announce_fd), "--parent-fd", str(parent_fd)]
+        return [*command, *self._extra_args]
+
+    def _announced_address(self, process: ServerProcess) -> str:
+        try:
+            address = process.address(self.startup_timeout)
+        except TimeoutError:
+            raise self._failure(f"did not listen within {self.startup_timeout:g} s") from None
+        if address is None:
+            process.terminate()
+            raise self._failure("ended before it listened")
+        return address
+
+    def _failure(self, what: str) -> VLLMServerError:
+        log = self.log_tail() or "(it wrote nothing)"
+        return VLLMServerError(f"The server for {self.model!r} {what}. The end of its log:\n{log}")
+
+
+class _ProgressReport:
+    """Loading progress on stderr: one line redrawn on a terminal, elsewhere a line per phase."""
+
+    def __init__(self, model: str, wanted: bool | None, stream: TextIO | None = None) -> None:
+        self._model = model
+        self._stream = stream or sys.stderr
+        self._terminal = self._stream.isatty()
+        self._wanted = self._terminal if wanted is None else wanted
+        self._phase: str | None = None
+
+    def show(self, health: Health) -> None:
+        if not self._wanted:
+            return
+        doing = health.phase or "starting"
+        if self._terminal:
+            percent = f" {health.progress:4.0%}" if health.progress else ""
+            self._write(f"\r\x1b[K{self._model}: {doing}{percent}")
+        elif doing != self._phase:
+            self._write(f"{self._model}: {doing}\n")
+        self._phase = doing
+
+    def close(self) -> None:
+        if self._terminal and self._phase is not None:
+            self._write("\r\x1b[K")
+
+    def _write(self, text: str) -> None:
+        self._stream.write(text)
+        self._stream.flush()
+
+
+def _parse_health(body: bytes) -> Health:
+    try:
+        answer = json.loads(body)
+        return Health(str(answer["status"]), str(answer.get("phase", "")), float(answer.get("progress", 0.0)))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return Health("unreachable")
+
+
+def _require_server_packages() -> None:
+    missing = [name for name in _SERVER_PACKAGES if find_spec(name) is None]
+    if missing:
+        raise ImportError(
+            f'A local server needs {", ".join(missing)}: pip install "langchain-vllm[server]". '
+            "To use a server that runs elsewhere, pass base_url= or set VLLM_BASE_URL."
+        )

@@ -1,0 +1,214 @@
+"""The engine whole: a tiny random model, the real loop and device; many requests on a cache too small for them."""
+
+from __future__ import annotations
+
+import random
+import select
+import time
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from langchain_vllm_server import _engine
+from tests.engines import Result, running_engine
+from tests.parity.test_tiny_models import VOCAB, make_llama
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+SMALL = {"max_num_batched_tokens": 64, "max_num_seqs": 16, "max_model_len": 128, "memory_bytes": 700 << 10}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny-llama")
+    make_llama(folder)
+    return folder
+
+
+def random_request(rng: random.Random) -> tuple[list[int], dict[str, Any]]:
+    prompt = [rng.randrange(VOCAB) for _ in range(rng.randint(1, 80))]
+    if rng.random() < 0.4:  # a common beginning, for the prefix cache
+        prompt = [7] * 40 + prompt[:40]
+    params = {
+        "max_tokens": rng.randint(1, 128 - len(prompt)),
+        "temperature": rng.choice([0, 0.7, 1.3]),
+        "top_p": rng.choice([1.0, 0.9]),
+        "top_k": rng.choice([0, 20]),
+        "repetition_penalty": rng.choice([1.0, 1.2]),
+        "frequency_penalty": rng.choice([0.0, 0.5]),
+        "seed": rng.getrandbits(32),
+        "stop_token_ids": rng.sample(range(VOCAB), 2),
+        "num_logprobs": rng.choice([-1, 3]),
+    }
+    return prompt, params
+
+
+def test_two_hundred_at_once_on_a_small_cache(model: Path) -> None:
+    """All finish, cancelled ones at once, and every result is the one that the request gives alone."""
+    rng = random.Random(1)
+    requests = [random_request(rng) for _ in range(200)]
+    with running_engine(model, **SMALL, enable_prefix_caching=False) as client:
+        alone = [client.generate(prompt, **params) for prompt, params in requests]
+        assert client.engine.stats().num_preemptions == 0
+    with running_engine(model, **SMALL) as client:
+        ids = [client.submit(prompt, **params) for prompt, params in requests]
+        cancelled = set(rng.sample(ids, 40))
+        for request_id in cancelled:
+            client.poll(0.005)
+            client.engine.cancel(request_id)
+        crowd = client.wait(*ids)
+        stats = client.engine.stats()
+    assert stats.num_preemptions > 0, "the cache was meant to be too small"
+    assert stats.prefix_cache_hits > 0
+    assert stats.num_running == stats.num_waiting == 0
+    assert stats.num_free_blocks == stats.num_blocks
+    for request_id, one, among in zip(ids, alone, crowd, strict=True):
+        if among.finish == "abort":
+            assert request_id in cancelled
+            assert one.tokens[: len(among.tokens)] == among.tokens
+        else:
+            assert (among.tokens, among.logprobs, among.finish) == (one.tokens, one.logprobs, one.finish)
+
+
+def test_memory_is_flat(model: Path) -> None:
+    """Rounds of the same load leave the process as large as the second round found it."""
+    rng = random.Random(2)
+    requests = [random_request(rng) for _ in range(60)]
+    sizes = []
+    with running_engine(model, **SMALL) as client:
+        for _ in range(6):
+            client.wait(*[client.submit(prompt, **params) for prompt, params in requests])
+            sizes.append(resident_bytes())
+    assert max(sizes[2:]) - sizes[1] < 2 << 20, sizes
+
+
+def resident_bytes() -> int:
+    with open("/proc/self/statm") as f:
+        return int(f.read().split()[1]) * 4096
+
+
+def test_same_alone_cold_and_cached(model: Path) -> None:
+    prompt = [i % VOCAB for i in range(70)]
+    with running_engine(model, **SMALL) as client:
+        cold = client.generate(prompt, max_tokens=20, temperature=1, seed=5, num_logprobs=VOCAB)
+        cached = client.generate(prompt, max_tokens=20, temperature=1, seed=5, num_logprobs=VOCAB)
+    assert cold.num_cached_tokens == 0
+    assert cached.num_cached_tokens == 64
+    assert (cold.tokens, cold.logprobs) == (cached.tokens, cached.logprobs)
+
+
+def test_siblings_share_the_prompt(model: Path) -> None:
+    """n > 1 is n requests: those behind the first find its blocks in the very step that computes them."""
+    prompt = [i % VOCAB for i in range(60)]
+    with running_engine(model, max_model_len=128, memory_bytes=64 << 20) as client:
+        results = client.wait(*[client.submit(prompt, max_tokens=8, temperature=1, seed=i) for i in range(4)])
+        hits = client.engine.stats().prefix_cache_hits
+    assert hits == 3 * 48
+    assert len({tuple(r.tokens) for r in results}) > 1
+
+
+def test_stop_and_min_tokens(model: Path) -> None:
+    with running_engine(model, **SMALL) as client:
+        free = client.generate([1, 2, 3], max_tokens=10)
+        stopped = client.generate([1, 2, 3], max_tokens=10, stop_token_ids=[free.tokens[4]])
+        cut = free.tokens.index(free.tokens[4]) + 1
+        assert (stopped.tokens, stopped.finish) == (free.tokens[:cut], "stop")
+        later = client.generate([1, 2, 3], max_tokens=10, stop_token_ids=[free.tokens[4]], min_tokens=8)
+        assert len(later.tokens) >= 8
+        assert free.tokens[4] not in later.tokens[:8]
+        assert free.finish == "length"
+
+
+def test_logprobs_are_of_the_raw_model(model: Path) -> None:
+    with running_engine(model, **SMALL) as client:
+        plain = client.generate([5, 6], max_tokens=1, num_logprobs=VOCAB)
+        bent = client.generate([5, 6], max_tokens=1, num_logprobs=2, temperature=0.1, logit_bias=[(9, 100.0)])
+    assert bent.tokens == [9]
+    chosen, *top = bent.logprobs[0]
+    every = {token: logprob for token, logprob, _ in plain.logprobs[0]}
+    assert chosen == (9, pytest.approx(every[9]), chosen[2])
+    assert top == plain.logprobs[0][1:3]
+    assert [rank for _, _, rank in top] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "params", "named"),
+    [
+        ([], {}, "prompt"),
+        ([VOCAB], {}, "prompt"),
+        ([-1], {}, "prompt"),
+        ([1] * 128, {"max_tokens": 1}, "max_model_len"),
+        ([1], {"max_tokens": 128}, "max_model_len"),
+        ([1], {"max_tokens": 0}, "max_tokens"),
+        ([1], {"temperature": -1.0}, "temperature"),
+        ([1], {"temperature": float("nan")}, "temperature"),
+        ([1], {"top_p": 0.0}, "top_p"),
+        ([1], {"top_p": 1.5}, "top_p"),
+        ([1], {"min_p": -0.1}, "min_p"),
+        ([1], {"top_k": -1}, "top_k"),
+        ([1], {"presence_penalty": 3.0}, "presence_penalty"),
+        ([1], {"frequency_penalty": -3.0}, "frequency_penalty"),
+        ([1], {"repetition_penalty": 0.0}, "repetition_penalty"),
+        ([1], {"logit_bias": [(VOCAB, 1.0)]}, "logit_bias"),
+        ([1], {"stop_token_ids": [VOCAB]}, "stop_token_ids"),
+        ([1], {"min_tokens": 17}, "min_tokens"),
+        ([1], {"num_logprobs": VOCAB + 1}, "logprobs"),
+    ],
+)
+def test_refusals_name_the_parameter(model: Path, prompt: list[int], params: dict[str, Any], named: str) -> None:
+    with running_engine(model, **SMALL) as client:
+        with pytest.raises(ValueError, match=named):
+            client.submit(prompt, **params)
+        assert client.generate([1], max_tokens=2).finish == "length", "the next request is served"
+
+
+def test_ids_only_grow(model: Path) -> None:
+    with running_engine(model, **SMALL) as client:
+        client.generate([1], max_tokens=1)
+        with pytest.raises(ValueError, match="request_id"):
+            client.engine.submit(0, [1], _engine.SamplingParams())
+
+
+def test_cancel_within_a_step(model: Path) -> None:
+    with running_engine(model, **{**SMALL, "max_model_len": 120}) as client:
+        request_id = client.submit([1, 2, 3], max_tokens=100)
+        client.engine.cancel(request_id)
+        client.engine.cancel(12345)  # unknown: ignored
+        assert client.wait(request_id)[0].finish in ("abort", "length")
+        assert client.generate([1], max_tokens=2).finish == "length"
+
+
+def test_stopping_answers_everyone(model: Path) -> None:
+    with running_engine(model, **SMALL) as client:
+        ids = [client.submit([1, 2, 3], max_tokens=100) for _ in range(50)]
+        client.engine.stop()
+        results = client.wait(*ids, seconds=5)
+        assert {r.finish for r in results} <= {"error", "length"}
+        assert not client.engine.stats().alive
+        with pytest.raises(RuntimeError, match="stopped"):
+            client.engine.submit(999, [1], _engine.SamplingParams())
+
+
+def test_options_that_cannot_work(model: Path) -> None:
+    for options, named in [
+        ({"memory_bytes": 1 << 16}, "memory"),
+        ({**SMALL, "memory_bytes": 400 << 10}, "weights"),
+        ({**SMALL, "memory_bytes": 530 << 10}, "key/value cache"),
+        ({"max_model_len": 10**6}, "max_model_len"),
+        ({"max_num_seqs": 0}, "max_num_seqs"),
+        ({"device": "abacus"}, "abacus"),
+        ({"weight_format": "Q4_0"}, "weight_format"),
+    ]:
+        with pytest.raises(ValueError, match=named), running_engine(model, **options):
+            pass
+
+
+def test_wakes_at_most_once_a_drain(model: Path) -> None:
+    with running_engine(model, **SMALL) as client:
+        client.submit([1], max_tokens=50)
+        time.sleep(0.3)
+        assert select.select([client.engine.fileno()], [], [], 0)[0]
+        client.poll(0)
+        assert not select.select([client.engine.fileno()], [], [], 0)[0]
+        assert client.results[0] == Result(client.results[0].tokens, [], "length", 0)

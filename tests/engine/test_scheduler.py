@@ -1,0 +1,314 @@
+"""The scheduler against a fake model: on caches far too small, everybody finishes with the text that they get alone."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from langchain_vllm_server._engine_test import KV_BLOCK_SIZE as BLOCK
+from langchain_vllm_server._engine_test import InvariantError, Scheduler
+
+from tests.engine.fake_model import VOCAB, FakeEngine, num_blocks_for, sampling
+
+
+def random_tokens(count: int, seed: int = 0) -> list[int]:
+    return random.Random(seed).choices(range(VOCAB), k=count)
+
+
+def submit_random(engine: FakeEngine, rng: random.Random) -> None:
+    """One request, or several with the same prompt; prompts begin with blocks that many have, in any order."""
+    capacity = engine.num_blocks * BLOCK
+    length = rng.randint(1, capacity - 1)
+    shared = [
+        token for _ in range(rng.randint(0, engine.num_blocks)) for token in random_tokens(BLOCK, rng.randint(0, 1))
+    ]
+    prompt = (shared + random_tokens(length, seed=rng.getrandbits(32)))[:length]
+    for _ in range(rng.choice([1, 1, 1, 4])):
+        max_tokens = rng.randint(1, capacity - length)
+        engine.submit(
+            prompt,
+            max_tokens=max_tokens,
+            min_tokens=rng.randint(0, max_tokens) if rng.random() < 0.3 else 0,
+            stop_token_ids=rng.sample(range(VOCAB), rng.choice([0, 0, 1, 3])),
+        )
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_random_operations_on_a_small_cache(seed: int) -> None:
+    rng = random.Random(seed)
+    engine = FakeEngine(
+        num_blocks=rng.randint(1, 16),
+        max_num_seqs=rng.randint(1, 8),
+        max_num_batched_tokens=rng.choice([1, 7, 16, 33, 64, 256]),
+        enable_prefix_caching=rng.random() < 0.8,
+    )
+    for _ in range(30):
+        submit_random(engine, rng)
+        for _ in range(rng.randint(0, 6)):
+            if engine.scheduler.busy:
+                engine.step()
+        if engine.live and rng.random() < 0.3:
+            engine.cancel(rng.choice(engine.live))
+    engine.run()
+    assert_all_as_alone(engine)
+
+
+def assert_all_as_alone(engine: FakeEngine) -> None:
+    finished = [request for request in engine.requests.values() if request.finish != "abort"]
+    assert [(r.output, r.finish) for r in finished] == [r.alone() for r in finished]
+    for request in engine.requests.values():
+        assert request.output == request.alone()[0][: len(request.output)]
+    stats = engine.scheduler.stats()
+    assert stats["num_free_blocks"] == stats["num_blocks"]
+    assert stats["num_running"] == stats["num_waiting"] == 0
+    assert stats["generation_tokens"] == sum(len(r.output) for r in engine.requests.values())
+    assert stats["prompt_tokens"] == sum(len(r.prompt) for r in engine.requests.values() if r.output)
+    assert stats["prefix_cache_hits"] == sum(r.events[0].num_cached_tokens for r in engine.requests.values())
+
+
+def test_hundred_requests_that_keep_preempting_each_other() -> None:
+    rng = random.Random(1)
+    engine = FakeEngine(num_blocks=12, max_num_seqs=8, max_num_batched_tokens=64)
+    for _ in range(100):
+        engine.submit(random_tokens(rng.randint(1, 40), seed=rng.getrandbits(32)), max_tokens=rng.randint(20, 120))
+    engine.run()
+    assert_all_as_alone(engine)
+    assert engine.scheduler.stats()["num_preemptions"] > 50
+
+
+def test_prefill_in_chunks_then_one_token_per_step() -> None:
+    engine = FakeEngine(num_blocks=10, max_num_batched_tokens=32)
+    engine.submit(random_tokens(100), max_tokens=3)
+    assert [[(s.num_computed, s.num_tokens) for s in step] for step in engine.run()] == [
+        [(0, 32)],
+        [(32, 32)],
+        [(64, 32)],
+        [(96, 4)],
+        [(100, 1)],
+        [(101, 1)],
+    ]
+
+
+def test_running_sequences_come_before_waiting_prompts() -> None:
+    engine = FakeEngine(num_blocks=20, max_num_batched_tokens=16)
+    engine.submit(random_tokens(8, seed=1), max_tokens=10)
+    engine.submit(random_tokens(100, seed=2), max_tokens=10)
+    engine.submit(random_tokens(4, seed=3), max_tokens=10)
+    assert [(s.id, s.num_tokens) for s in engine.step()] == [(0, 8), (1, 8)]
+    assert [(s.id, s.num_tokens) for s in engine.step()] == [(0, 1), (1, 15)]
+
+
+def test_no_more_than_max_num_seqs_run() -> None:
+    engine = FakeEngine(num_blocks=100, max_num_seqs=2)
+    for length in (2, 4, 2):
+        engine.submit(random_tokens(length, seed=length), max_tokens=length)
+    assert [[s.id for s in step] for step in engine.run()] == [[0, 1], [0, 1], [1, 2], [1, 2]]
+
+
+@pytest.mark.parametrize(("length", "cached"), [(15, 0), (16, 0), (17, 16), (32, 16), (33, 32), (40, 32)])
+def test_whole_blocks_of_a_prompt_are_found_again_but_never_all_tokens(length: int, cached: int) -> None:
+    engine = FakeEngine(num_blocks=10)
+    first, second = (engine.generate(random_tokens(length), max_tokens=2) for _ in range(2))
+    assert [event.num_cached_tokens for event in first.events] == [0, 0]
+    assert [event.num_cached_tokens for event in second.events] == [cached, cached]
+    assert first.output == second.output
+    stats = engine.scheduler.stats()
+    assert (stats["prefix_cache_queries"], stats["prefix_cache_hits"]) == (2 * length, cached)
+
+
+def test_generated_tokens_are_cached_too() -> None:
+    engine = FakeEngine(num_blocks=10)
+    first = engine.generate(random_tokens(10), max_tokens=30)
+    # The last token was never run, so 39 are in the cache: two full blocks.
+    conversation = first.prompt + first.output + random_tokens(10, seed=2)
+    assert engine.generate(conversation, max_tokens=1).events[0].num_cached_tokens == 32
+
+
+def test_a_prompt_is_shared_within_one_step() -> None:
+    engine = FakeEngine(num_blocks=10)
+    for _ in range(3):
+        engine.submit(random_tokens(40), max_tokens=5)
+    step = engine.step()
+    assert [(s.num_computed, s.num_tokens) for s in step] == [(0, 40), (32, 8), (32, 8)]
+    assert len({tuple(s.blocks[:2]) for s in step}) == 1
+    assert engine.scheduler.stats()["num_free_blocks"] == 10 - 2 - 3
+    engine.run()
+    assert_all_as_alone(engine)
+
+
+def test_the_same_tokens_after_another_prefix_are_not_shared() -> None:
+    engine = FakeEngine(num_blocks=10)
+    one, other, tail = (random_tokens(BLOCK + 1, seed=seed) for seed in range(3))
+    engine.generate(one[:BLOCK] + tail, max_tokens=1)
+    engine.generate(other, max_tokens=1)
+    assert engine.generate(other[:BLOCK] + tail, max_tokens=1).events[0].num_cached_tokens == BLOCK
+
+
+def test_without_prefix_caching_nothing_is_found_or_counted() -> None:
+    engine = FakeEngine(num_blocks=10, enable_prefix_caching=False)
+    for _ in range(2):
+        assert engine.generate(random_tokens(40), max_tokens=2).events[0].num_cached_tokens == 0
+    assert engine.scheduler.stats()["prefix_cache_queries"] == 0
+
+
+def test_eviction_takes_the_least_recently_used_prefix_tail_first() -> None:
+    engine = FakeEngine(num_blocks=6)
+    old, new = random_tokens(2 * BLOCK + 1, seed=1), random_tokens(2 * BLOCK + 1, seed=2)
+    for prompt in (old, new, old):  # each leaves two full blocks; `old` was used last
+        engine.generate(prompt, max_tokens=1)
+    engine.generate(random_tokens(3 * BLOCK - 1, seed=3), max_tokens=1)  # two private blocks were free: it evicts one
+    assert cached_tokens(engine, old) == 2 * BLOCK
+    assert cached_tokens(engine, new) == BLOCK
+
+
+def cached_tokens(engine: FakeEngine, prompt: list[int]) -> int:
+    """Of the prompt, without changing which blocks are cached: the request is cancelled as soon as it ran."""
+    request_id = engine.submit(prompt, max_tokens=2)
+    engine.step()
+    event = engine.cancel(request_id)
+    assert event is not None
+    return event.num_cached_tokens
+
+
+def test_the_youngest_is_preempted_and_comes_back_first() -> None:
+    engine = FakeEngine(num_blocks=4)
+    engine.submit(random_tokens(BLOCK, seed=1), max_tokens=40)
+    engine.submit(random_tokens(BLOCK, seed=2), max_tokens=40)
+    steps = [[s.id for s in step] for step in engine.run()]
+    assert_all_as_alone(engine)
+    assert engine.scheduler.stats()["num_preemptions"] == 1
+    first_alone = steps.index([0])
+    # Both grow to two blocks; the third block of the first takes the second's.
+    assert first_alone == 1 + BLOCK
+    # The first ends with 55 computed tokens; only then are the second's 32 + 1 free again.
+    assert steps[first_alone:].index([1]) == 40 - first_alone
+
+
+def test_a_preempted_sequence_finds_what_was_not_evicted() -> None:
+    engine = FakeEngine(num_blocks=6)
+    engine.submit(random_tokens(BLOCK, seed=1), max_tokens=30)
+    engine.submit(random_tokens(3 * BLOCK, seed=2), max_tokens=30)
+    steps = engine.run()
+    assert_all_as_alone(engine)
+    assert engine.scheduler.stats()["num_preemptions"] == 1
+    readmitted = [s for step in steps for s in step if s.id == 1 and s.num_tokens > 1][1]
+    assert readmitted.num_computed == 3 * BLOCK, "of four full blocks the first sequence needed one, the last"
+    assert engine.requests[1].events[-1].num_cached_tokens == 0, "counted at the first admission"
+
+
+def test_admission_leaves_room_for_those_who_run() -> None:
+    engine = FakeEngine(num_blocks=4)
+    engine.submit(random_tokens(2 * BLOCK - 1, seed=1), max_tokens=12)
+    engine.submit(random_tokens(2 * BLOCK, seed=2), max_tokens=2)
+    assert [len(step) for step in engine.run()] == [1] * 12 + [1, 1]
+    assert engine.scheduler.stats()["num_preemptions"] == 0
+
+
+def test_cached_free_blocks_count_as_taken_at_admission() -> None:
+    """A prompt whose blocks are cached and free needs them from the free list all the same."""
+    engine = FakeEngine(num_blocks=4)
+    cached = random_tokens(2 * BLOCK + 1, seed=1)
+    engine.generate(cached, max_tokens=1)
+    engine.submit(random_tokens(BLOCK - 2, seed=2), max_tokens=2)  # takes one of the four
+    engine.submit(cached, max_tokens=1)  # three, two of them cached, and one of room: one too many
+    assert [[s.id for s in step] for step in engine.run()] == [[1], [1], [2]]
+    assert engine.requests[2].events[0].num_cached_tokens == 2 * BLOCK
+
+
+@pytest.mark.parametrize(
+    ("values", "count", "finish"),
+    [
+        ({"max_tokens": 10}, 10, "length"),
+        ({"max_tokens": 10, "stop_token_ids": [3]}, None, "stop"),
+        ({"max_tokens": 1000}, 1000, "length"),
+    ],
+)
+def test_why_a_sequence_ends(values: dict[str, object], count: int | None, finish: str) -> None:
+    prompt = next(p for p in map(random_tokens, range(1, 100)) if 3 in outputs(p)[2:9] and 3 not in outputs(p)[:2])
+    request = FakeEngine(num_blocks=80).generate(prompt, **values)
+    expected = outputs(prompt, 1000)
+    assert request.output == expected[: count or expected.index(3) + 1]
+    assert request.finish == finish
+
+
+def outputs(prompt: list[int], count: int = 10) -> list[int]:
+    return FakeEngine(num_blocks=80).generate(prompt, max_tokens=count).output
+
+
+def test_a_stop_token_before_min_tokens_does_not_end() -> None:
+    scheduler = Scheduler(num_blocks=4)
+    scheduler.submit(1, [1], sampling(max_tokens=9, min_tokens=2, stop_token_ids=[5]))
+    finishes = []
+    while scheduler.busy:
+        scheduler.schedule()
+        finishes += [event.finish for event in scheduler.commit([5])]
+    assert finishes == ["", "", "stop"]
+
+
+def test_events_tell_when_and_what() -> None:
+    engine = FakeEngine(num_blocks=10, max_num_batched_tokens=32)
+    request = engine.generate(random_tokens(40), max_tokens=2)
+    assert [(e.scheduled_time, e.time) for e in request.events] == [(1.0, 2.5), (1.0, 3.5)]
+    assert [(len(e.tokens), e.num_logprobs) for e in request.events] == [(1, 1), (1, 1)]
+    assert engine.scheduler.stats()["num_steps"] == 3
+    assert engine.scheduler.stats()["last_step_time"] == 3.5
+
+
+STEPS_TO = {"waiting": 0, "prefilling": 1, "prefilled": 2, "decoding": 4, "preempted": 20}
+
+
+@pytest.mark.parametrize("state", STEPS_TO)
+def test_cancel_in_every_state(state: str) -> None:
+    engine = FakeEngine(num_blocks=5, max_num_batched_tokens=40)
+    engine.submit(random_tokens(BLOCK, seed=1), max_tokens=60)
+    victim = engine.submit(random_tokens(BLOCK + 9, seed=2), max_tokens=50)
+    waiting = engine.submit(random_tokens(4 * BLOCK, seed=3), max_tokens=3)
+    for _ in range(STEPS_TO[state]):
+        engine.step()
+    assert engine.scheduler.stats()["num_preemptions"] == (state == "preempted")
+    event = engine.cancel(victim)
+    assert event is not None
+    assert (event.request_id, event.tokens, event.finish) == (victim, [], "abort")
+    engine.run()
+    assert_all_as_alone(engine)
+    assert engine.requests[waiting].finish == "length"
+
+
+def test_cancel_of_the_unknown_and_the_finished_is_nothing() -> None:
+    engine = FakeEngine(num_blocks=4)
+    engine.generate([1, 2, 3], max_tokens=1)
+    assert engine.cancel(0) is None
+    assert engine.scheduler.cancel(77) is None
+
+
+def test_fail_all_ends_everything_even_within_a_step() -> None:
+    scheduler = Scheduler(num_blocks=4, max_num_seqs=2)
+    for request_id in range(4):
+        scheduler.submit(request_id, [1] * 20, sampling(max_tokens=3))
+    scheduler.schedule()
+    assert [(e.request_id, e.finish) for e in scheduler.fail_all()] == [(i, "error") for i in range(4)]
+    scheduler.check_integrity()
+    assert not scheduler.busy
+    assert scheduler.stats()["num_free_blocks"] == 4
+
+
+def test_broken_promises_of_the_caller_are_named() -> None:
+    scheduler = Scheduler(num_blocks=2)
+    scheduler.submit(1, [1], sampling(max_tokens=2))
+    with pytest.raises(InvariantError, match="request id 1 is in use"):
+        scheduler.submit(1, [1], sampling(max_tokens=2))
+    with pytest.raises(InvariantError, match="the whole cache cannot hold"):
+        scheduler.submit(2, [1] * (2 * BLOCK), sampling(max_tokens=1))
+    with pytest.raises(InvariantError, match="empty prompt"):
+        scheduler.submit(2, [], sampling(max_tokens=1))
+    scheduler.schedule()
+    with pytest.raises(InvariantError, match="fewer tokens sampled"):
+        scheduler.commit([])
+
+
+def test_the_largest_request_that_fits_runs() -> None:
+    engine = FakeEngine(num_blocks=3)
+    for _ in range(2):
+        engine.generate(random_tokens(BLOCK), max_tokens=2 * BLOCK)
+    assert num_blocks_for(3 * BLOCK) == 3
+    assert_all_as_alone(engine)

@@ -1,0 +1,34 @@
+"""The real server with the default model, one for the session."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import pytest
+
+from langchain_vllm import ChatVLLM, VLLMServer
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+MODEL = "SmolLM2-135M-Instruct"
+ALIAS = "another-name"
+
+
+@pytest.fixture(autouse=True)
+def no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in os.environ:
+        if name.startswith(("VLLM_", "OPENAI_", "LANGSMITH_")):
+            monkeypatch.delenv(name)
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[VLLMServer]:
+    with VLLMServer(MODEL, served_model_name=[MODEL, ALIAS], max_model_len=2048) as server:
+        yield server
+
+
+@pytest.fixture
+def llm(server: VLLMServer) -> ChatVLLM:
+    return ChatVLLM(base_url=server.base_url, model=MODEL, temperature=0, max_tokens=24)

@@ -1,0 +1,94 @@
+"""A server that keeps the launcher's contract and has no model: real process, real pipes, real HTTP.
+
+The model's name says how it behaves: `good`, `slow` (half a second of loading), `crash` (at start), `crash-loading`,
+`mute` (never announces itself), `stuck` (loading for ever), `deaf` (ignores SIGTERM), `die` (at a request).
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+PR_SET_PDEATHSIG = 1
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("model")
+    parser.add_argument("--host")
+    parser.add_argument("--port", type=int)
+    parser.add_argument("--announce-fd", type=int)
+    parser.add_argument("--parent-fd", type=int)
+    args, _ = parser.parse_known_args()
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+    threading.Thread(target=exit_with_parent, args=(args.parent_fd,), daemon=True).start()
+    if args.model == "deaf":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    print("fake server:", *sys.argv[1:], flush=True)
+    if args.model == "crash":
+        sys.exit("CheckpointError: no such model")
+    if args.model == "mute":
+        time.sleep(600)
+    server = ThreadingHTTPServer((args.host, args.port), handler(args.model))
+    with open(args.announce_fd, "w") as announcement:
+        announcement.write(json.dumps({"url": f"http://{args.host}:{server.server_port}"}) + "\n")
+    if args.model == "crash-loading":
+        threading.Timer(0.2, lambda: print("out of memory", flush=True) or os._exit(3)).start()
+    server.serve_forever()
+
+
+def exit_with_parent(fd: int) -> None:
+    os.read(fd, 1)
+    os._exit(0)
+
+
+def handler(model: str) -> type[BaseHTTPRequestHandler]:
+    begin = time.monotonic()
+    duration = {"slow": 0.5, "crash-loading": 600.0, "stuck": 600.0}.get(model, 0.0)
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            done = (time.monotonic() - begin) / duration if duration else 1.0
+            if self.path == "/v1/models":
+                self.answer(200, {"object": "list", "data": [{"id": model, "object": "model"}]})
+            elif done >= 1.0:
+                self.answer(200, None)
+            else:
+                progress = 0.0 if model == "stuck" else round(done, 1)
+                self.answer(503, {"status": "loading", "phase": "weights", "progress": progress})
+
+        def do_POST(self) -> None:
+            request = json.loads(self.rfile.read(int(self.headers["content-length"])))
+            if model == "die":
+                print("segmentation fault", flush=True)
+                os._exit(11)
+            message = {"role": "assistant", "content": f"{os.getpid()} {request['messages'][-1]['content']}"}
+            choice = {"index": 0, "message": message, "finish_reason": "stop"}
+            self.answer(200, {"id": "1", "object": "chat.completion", "model": model, "choices": [choice]})
+
+        def answer(self, status: int, body: dict[str, Any] | None) -> None:
+            content = b"" if body is None else json.dumps(body).encode()
+            self.send_response(status)
+            self.send_header("content-type", "application/json")
+            self.send_header("content-length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    return Handler
+
+
+if __name__ == "__main__":
+    main()

