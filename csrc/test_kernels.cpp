@@ -1,4 +1,5 @@
-// The test-only module _kernels_test: every kernel on numpy arrays, on any instruction set that this machine runs.
+// The test-only module _kernels_test: every kernel on numpy arrays, on any instruction set that this machine
+// runs.
 #include <nanobind/nanobind.h>
 
 void bind_linear(nanobind::module_& m);

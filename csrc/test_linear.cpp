@@ -65,26 +65,29 @@ auto quantize_plain(const std::string& name, Vector values) {
 // A packed weight with the kernels and threads that multiply it.
 class Linear {
  public:
-  Linear(const std::string& isa, int threads, const std::vector<Source>& sources, const std::vector<float>& bias)
+  Linear(const std::string& isa, int threads, const std::vector<Source>& sources,
+         const std::vector<float>& bias)
       : kernels_(kernels_named(isa)), pool_(threads) {
     std::vector<Tensor> tensors;
     for (const auto& [format, rows, cols, data] : sources) {
-      tensors.push_back({"", format_named(format), rows, cols, reinterpret_cast<const std::byte*>(data.data())});
-      check(data.size() == static_cast<size_t>(rows) * row_bytes(tensors.back().format, cols), "wrong data size");
+      tensors.push_back(
+          {"", format_named(format), rows, cols, reinterpret_cast<const std::byte*>(data.data())});
+      check(data.size() == static_cast<size_t>(rows) * row_bytes(tensors.back().format, cols),
+            "wrong data size");
     }
     weight_ = pack_weight(pool_, tensors, bias);
   }
 
   size_t bytes() const { return weight_->bytes(); }
 
-  // One number more than y has stands behind it, and must not be touched.
+  // What stands behind y must not be touched.
   auto multiply(Matrix x) {
     const size_t n = x.shape(0), rows = static_cast<size_t>(weight_->rows);
     check(x.shape(1) == static_cast<size_t>(weight_->cols), "x has other columns than the weight");
     constexpr float guard = 12345.0f;
-    std::vector<float> y(n * rows + 1, guard);
+    std::vector<float> y(n * rows + kLanes, guard);
     linear(kernels_, pool_, *weight_, x.data(), y.data(), static_cast<int>(n));
-    check(y.back() == guard, "linear wrote behind y");
+    for (size_t i = n * rows; i < y.size(); ++i) check(y[i] == guard, "linear wrote behind y");
     return array(std::move(y), {n, rows});
   }
 
@@ -115,16 +118,18 @@ std::vector<std::byte> random_rows(Format format, int64_t rows, int64_t cols) {
   return data;
 }
 
-// (GMAC/s, GB/s of weights) over as many copies of the weight as no cache holds, as the layers of a model are.
-std::pair<double, double> bench_linear(const std::string& isa, const std::string& format, int64_t rows, int64_t cols,
-                                       int n, int threads, double seconds) {
+// (GMAC/s, GB/s of weights) over as many copies of the weight as no cache holds, as the layers of a model
+// are.
+std::pair<double, double> bench_linear(const std::string& isa, const std::string& format, int64_t rows,
+                                       int64_t cols, int n, int threads, double seconds) {
   constexpr size_t kUncached = size_t{96} << 20;
   ThreadPool pool(threads);
   const Kernels& kernels = kernels_named(isa);
   const std::vector<std::byte> data = random_rows(format_named(format), rows, cols);
   const Tensor source{"", format_named(format), rows, cols, data.data()};
   std::vector<std::unique_ptr<Weight>> weights;
-  for (size_t i = 0; i <= kUncached / data.size(); ++i) weights.push_back(pack_weight(pool, {&source, 1}, {}));
+  for (size_t i = 0; i <= kUncached / data.size(); ++i)
+    weights.push_back(pack_weight(pool, {&source, 1}, {}));
   std::vector<float> x(static_cast<size_t>(n * cols), 1.0f), y(static_cast<size_t>(n * rows));
   int calls = 0;
   const auto start = Clock::now();
@@ -167,13 +172,13 @@ void bind_linear(nb::module_& m) {
   });
   m.def("dequantize", &dequantize, "format"_a, "data"_a, "cols"_a);
   m.def("quantize_plain", &quantize_plain, "format"_a, "values"_a);
-  m.def("bench_linear", &bench_linear, "isa"_a, "format"_a, "rows"_a, "cols"_a, "n"_a, "threads"_a, "seconds"_a,
-        nb::call_guard<nb::gil_scoped_release>());
+  m.def("bench_linear", &bench_linear, "isa"_a, "format"_a, "rows"_a, "cols"_a, "n"_a, "threads"_a,
+        "seconds"_a, nb::call_guard<nb::gil_scoped_release>());
   m.def("bench_pack", &bench_pack, "format"_a, "rows"_a, "cols"_a, "threads"_a,
         nb::call_guard<nb::gil_scoped_release>());
   nb::class_<Linear>(m, "Linear")
-      .def(nb::init<const std::string&, int, const std::vector<Source>&, const std::vector<float>&>(), "isa"_a,
-           "threads"_a, "sources"_a, "bias"_a = std::vector<float>())
+      .def(nb::init<const std::string&, int, const std::vector<Source>&, const std::vector<float>&>(),
+           "isa"_a, "threads"_a, "sources"_a, "bias"_a = std::vector<float>())
       .def_prop_ro("bytes", &Linear::bytes)
       .def("multiply", &Linear::multiply, "x"_a)
       .def("embed", &Linear::embed_tokens, "tokens"_a);

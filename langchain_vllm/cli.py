@@ -28,6 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ImportError, RuntimeError, ValueError) as error:
         print(f"langchain-vllm: {error}", file=sys.stderr)  # noqa: T201
         return 1
+    except KeyboardInterrupt:  # while a server starts
+        return 130
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -43,7 +45,9 @@ def _parser() -> argparse.ArgumentParser:
         description="Talk with a model. Ctrl-C stops an answer, /clear begins anew, Ctrl-D or /exit ends the program.",
     )
     chat.add_argument("model", nargs="?", metavar="MODEL", help=f"as for serve; default {DEFAULT_MODEL}")
-    chat.add_argument("--base-url", metavar="URL", help="talk with the server there, and start none")
+    chat.add_argument(
+        "--base-url", metavar="URL", help="talk with the server there, and start none; also VLLM_BASE_URL"
+    )
     chat.add_argument("--system", metavar="TEXT", help="a system message")
     chat.add_argument("--temperature", type=float, help="default: the server's")
     chat.add_argument("--max-tokens", type=int, help="longest answer, in tokens")
@@ -61,9 +65,10 @@ def _serve(arguments: list[str]) -> int:
 
 def _chat(args: argparse.Namespace) -> int:
     from langchain_vllm import ChatVLLM, VLLMServer
+    from langchain_vllm._connection import base_url_from_env
 
     with ExitStack() as stack:
-        base_url = args.base_url
+        base_url = args.base_url or base_url_from_env()
         model = args.model or ("" if base_url else DEFAULT_MODEL)
         if base_url is None:
             base_url = stack.enter_context(VLLMServer(model)).base_url

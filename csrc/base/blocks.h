@@ -17,9 +17,9 @@ inline void add_fifth_bits(const uint8_t (&bits)[4], uint8_t* q) {
   for (int i = 0; i < 32; ++i) q[i] |= static_cast<uint8_t>(((bits[i / 8] >> (i % 8)) & 1) << 4);
 }
 
-// Scales (which = 0) and mins (1) of Q4_K and Q5_K: of group 0..3 in the low six bits of bytes 0..3 and 4..7;
-// of group 4..7 the low four bits in the nibbles of bytes 8..11, the high two on top of the bytes of group
-// - 4.
+// Scales (which = 0) and mins (1) of Q4_K and Q5_K. Those of groups 0..3 are the low six bits of bytes 0..3
+// and 4..7. Those of groups 4..7 have their low four bits in the nibbles of bytes 8..11, and their high two
+// on top of the bytes of groups 0..3.
 inline uint8_t six_bits(const uint8_t (&scales)[12], int which, int group) {
   if (group < 4) return scales[4 * which + group] & 63;
   const int low = (scales[4 + group] >> (4 * which)) & 15;

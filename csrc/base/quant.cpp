@@ -43,7 +43,8 @@ T read(const std::byte* data, int64_t index) {
   return value;
 }
 
-// w = scale · (q - zero point) + offset, per group of columns that share a scale. An offset of -0 changes no sum.
+// w = scale · (q - zero point) + offset, per group of columns that share a scale. An offset of -0 changes no
+// sum.
 template <class Block>
 void dequantize_blocks(const std::byte* row, float* out, int64_t cols) {
   using Layout = BlockLayout<Block>;
@@ -62,9 +63,15 @@ void dequantize_blocks(const std::byte* row, float* out, int64_t cols) {
 
 }  // namespace
 
-const char* format_name(Format format) { return info(format).name; }
-int block_size(Format format) { return info(format).block_size; }
-size_t block_bytes(Format format) { return info(format).block_bytes; }
+const char* format_name(Format format) {
+  return info(format).name;
+}
+int block_size(Format format) {
+  return info(format).block_size;
+}
+size_t block_bytes(Format format) {
+  return info(format).block_bytes;
+}
 
 size_t row_bytes(Format format, int64_t cols) {
   const FormatInfo& f = info(format);
@@ -97,7 +104,9 @@ uint16_t float_to_half(float f) {
   return sign | static_cast<uint16_t>((magnitude - 0x38000000 + 0xfff + even) >> 13);
 }
 
-float bfloat16_to_float(uint16_t b) { return std::bit_cast<float>(static_cast<uint32_t>(b) << 16); }
+float bfloat16_to_float(uint16_t b) {
+  return std::bit_cast<float>(static_cast<uint32_t>(b) << 16);
+}
 
 uint16_t float_to_bfloat16(float f) {
   const uint32_t bits = std::bit_cast<uint32_t>(f);

@@ -24,7 +24,9 @@ uint64_t saved_state() {
   return (static_cast<uint64_t>(high) << 32) | low;
 }
 
-bool saves(uint64_t mask) { return (saved_state() & mask) == mask; }
+bool saves(uint64_t mask) {
+  return (saved_state() & mask) == mask;
+}
 
 // Bits of CPUID leaf 1 (ECX) and leaf 7 (EBX); Intel SDM volume 2A, CPUID.
 bool has_features(unsigned leaf1_ecx, unsigned leaf7_ebx) {
@@ -68,7 +70,8 @@ const Kernels& select_kernels() {
     if (std::string_view(forced) == kernels->name) return *kernels;
     names += (names.empty() ? "" : ", ") + std::string(kernels->name);
   }
-  throw InputError("LANGCHAIN_VLLM_ISA is \"" + std::string(forced) + "\", but what can run here is " + names);
+  throw InputError("LANGCHAIN_VLLM_ISA is \"" + std::string(forced) + "\", but what can run here is " +
+                   names);
 }
 
 }  // namespace engine

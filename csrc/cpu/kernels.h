@@ -1,5 +1,5 @@
-// The table of inner loops, one per ISA, chosen once at start. Kernels take raw pointers and do one thread's share; shapes
-// are checked and work is divided one ring out (linear.cpp, attention.cpp, cpu_device.cpp).
+// The table of inner loops, one per ISA, chosen once at start. Kernels take raw pointers and do one thread's
+// share; shapes are checked and work is divided one ring out (linear.cpp, attention.cpp, cpu_device.cpp).
 #pragma once
 
 #include <cstddef>
@@ -12,7 +12,8 @@
 
 namespace engine {
 
-inline constexpr int kLanes = 16;  // output channels in a weight panel, keys in a cache block, lanes of F32x16
+inline constexpr int kLanes =
+    16;  // output channels in a weight panel, keys in a cache block, lanes of F32x16
 
 struct LinearKernels;     // linear.h
 struct AttentionKernels;  // attention.h
@@ -27,7 +28,8 @@ struct Kernels {
 
 // Best first; only those that this CPU and operating system can run.
 std::vector<const Kernels*> supported_kernels();
-// The best one, or the one that the environment variable LANGCHAIN_VLLM_ISA names (an error when it cannot run here).
+// The best one, or the one that the environment variable LANGCHAIN_VLLM_ISA names (an error when it cannot
+// run here).
 const Kernels& select_kernels();
 
 // Exported by isa_*.cpp.

@@ -8,19 +8,23 @@
 namespace engine {
 namespace {
 
-// Rows that one task multiplies: enough to pay for expanding the weights, few enough that their activations and sums
-// stay in the second-level cache.
+// Rows that one task multiplies: enough to pay for expanding the weights, few enough that their activations
+// and sums stay in the second-level cache.
 constexpr int kTaskRows = 192;
 constexpr int kExpandCols = 128;  // columns that embed() expands at a time
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t ceil_div(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
 
-// How panels [0, num_panels) are cut into runs of at most kTaskPanels: evenly, so that no thread waits for long.
+// How panels [0, num_panels) are cut into runs of at most kTaskPanels: evenly, so that no thread waits for
+// long.
 struct Division {
   int64_t num_panels;
   int64_t num_runs;
   Division(int64_t panels, int threads)
-      : num_panels(panels), num_runs(std::min(panels, ceil_div(ceil_div(panels, kTaskPanels), threads) * threads)) {}
+      : num_panels(panels),
+        num_runs(std::min(panels, ceil_div(ceil_div(panels, kTaskPanels), threads) * threads)) {}
   int64_t first(int64_t run) const { return run * num_panels / num_runs; }
 };
 

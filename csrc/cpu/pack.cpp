@@ -15,6 +15,8 @@ namespace {
 
 static_assert(std::endian::native == std::endian::little, "panels hold columns as the bytes of integers");
 
+constexpr int64_t kPackCols =
+    256;  // packed at a time, so that the panel's part stays in the first-level cache
 constexpr size_t kCacheLine = 64;
 constexpr size_t kHugePage = size_t{2} << 20;
 
@@ -26,7 +28,9 @@ T read(const std::byte* data) {
 }
 
 // Number `i` of runs of four columns, as an integer.
-uint32_t four(const uint8_t* q, int i) { return read<uint32_t>(reinterpret_cast<const std::byte*>(q + 4 * i)); }
+uint32_t four(const uint8_t* q, int i) {
+  return read<uint32_t>(reinterpret_cast<const std::byte*>(q + 4 * i));
+}
 
 // Eight columns to a lane's 32 bits.
 void pack_nibbles(const uint8_t* q, int cols, uint32_t (*out)[16], int lane) {
@@ -45,8 +49,12 @@ void pack_high(const uint8_t* q, int cols, int bits, uint32_t (&out)[16], int la
 void pack_quants(const uint8_t* q, Panel<BlockQ8_0>& p, int, int lane) {
   for (int i = 0; i < 8; ++i) p.q[i][lane] = four(q, i);
 }
-void pack_quants(const uint8_t* q, Panel<BlockQ4_0>& p, int, int lane) { pack_nibbles(q, 32, p.q, lane); }
-void pack_quants(const uint8_t* q, Panel<BlockQ4_1>& p, int, int lane) { pack_nibbles(q, 32, p.q, lane); }
+void pack_quants(const uint8_t* q, Panel<BlockQ4_0>& p, int, int lane) {
+  pack_nibbles(q, 32, p.q, lane);
+}
+void pack_quants(const uint8_t* q, Panel<BlockQ4_1>& p, int, int lane) {
+  pack_nibbles(q, 32, p.q, lane);
+}
 void pack_quants(const uint8_t* q, Panel<BlockQ5_0>& p, int, int lane) {
   pack_nibbles(q, 32, p.q, lane);
   pack_high(q, 32, 1, p.high, lane);
@@ -59,12 +67,12 @@ void pack_quants(const uint8_t* q, Panel<BlockQ4_K>& p, int group, int lane) {
   pack_nibbles(q, 32, p.q[group], lane);
 }
 void pack_quants(const uint8_t* q, Panel<BlockQ5_K>& p, int group, int lane) {
-  pack_nibbles(q, 32, p.q[group], lane);
-  pack_high(q, 32, 1, p.high[group], lane);
+  pack_nibbles(q, 32, p.groups[group].q, lane);
+  pack_high(q, 32, 1, p.groups[group].high, lane);
 }
 void pack_quants(const uint8_t* q, Panel<BlockQ6_K>& p, int group, int lane) {
-  pack_nibbles(q, 16, p.q[group], lane);
-  pack_high(q, 16, 2, p.high[group], lane);
+  pack_nibbles(q, 16, p.groups[group].q, lane);
+  pack_high(q, 16, 2, p.groups[group].high, lane);
 }
 
 // What scales a channel's quants, copied as it is stored.
@@ -81,51 +89,57 @@ void pack_scales(const Block& b, Panel<Block>& p, int lane) {
   }
 }
 
+// Columns [begin, end) of one channel.
 template <class Block>
-void pack_quantised(const std::byte* row, int64_t cols, int lane, std::byte* out) {
+void pack_quantised(const std::byte* row, int64_t begin, int64_t end, int lane, std::byte* out) {
   using Layout = BlockLayout<Block>;
-  auto* panel = reinterpret_cast<Panel<Block>*>(out);
-  for (int64_t k = 0; k < cols; k += Layout::kCols, row += sizeof(Block), ++panel) {
-    const auto block = read<Block>(row);
-    pack_scales(block, *panel, lane);
+  auto* panels = reinterpret_cast<Panel<Block>*>(out);
+  for (int64_t b = begin / Layout::kCols; b < end / Layout::kCols; ++b) {
+    const auto block = read<Block>(row + static_cast<size_t>(b) * sizeof(Block));
+    pack_scales(block, panels[b], lane);
     for (int g = 0; g < Layout::kCols / Layout::kGroup; ++g) {
       uint8_t q[Layout::kGroup];
       Layout::quants(block, g, q);
-      pack_quants(q, *panel, g, lane);
+      pack_quants(q, panels[b], g, lane);
     }
   }
 }
 
 template <class T>
-void pack_plain(const std::byte* row, int64_t cols, int lane, std::byte* out) {
+void pack_plain(const std::byte* row, int64_t begin, int64_t end, int lane, std::byte* out) {
   auto* lanes = reinterpret_cast<T*>(out) + lane;
-  for (int64_t k = 0; k < cols; ++k) lanes[kLanes * k] = read<T>(row + static_cast<size_t>(k) * sizeof(T));
+  for (int64_t k = begin; k < end; ++k) lanes[kLanes * k] = read<T>(row + static_cast<size_t>(k) * sizeof(T));
 }
 
-void pack_row(Format format, const std::byte* row, int64_t cols, int lane, std::byte* out) {
+void pack_channel(Format format, const std::byte* row, int64_t begin, int64_t end, int lane, std::byte* out) {
   switch (format) {
     case Format::F32:
-      return pack_plain<uint32_t>(row, cols, lane, out);
+      return pack_plain<uint32_t>(row, begin, end, lane, out);
     case Format::F16:
     case Format::BF16:
-      return pack_plain<uint16_t>(row, cols, lane, out);
+      return pack_plain<uint16_t>(row, begin, end, lane, out);
     default:
-      visit_block(format, [=]<class Block>(Block) { pack_quantised<Block>(row, cols, lane, out); });
+      visit_block(format, [=]<class Block>(Block) { pack_quantised<Block>(row, begin, end, lane, out); });
   }
 }
 
-// Panel number `index` of a segment. Rows beyond the last are zeros.
+// Panel number `index` of a source. Channels beyond its last row are zeros.
 void pack_panel(const Tensor& source, int64_t index, std::byte* out, size_t out_bytes) {
   const int64_t first = index * kLanes;
   const int lanes = static_cast<int>(std::min<int64_t>(kLanes, source.rows - first));
   const size_t bytes = row_bytes(source.format, source.cols);
   if (lanes < kLanes) std::memset(out, 0, out_bytes);
-  for (int lane = 0; lane < lanes; ++lane) {
-    pack_row(source.format, source.data + static_cast<size_t>(first + lane) * bytes, source.cols, lane, out);
+  for (int64_t begin = 0; begin < source.cols; begin += kPackCols) {
+    const int64_t end = std::min(begin + kPackCols, source.cols);
+    for (int lane = 0; lane < lanes; ++lane) {
+      const std::byte* row = source.data + static_cast<size_t>(first + lane) * bytes;
+      pack_channel(source.format, row, begin, end, lane, out);
+    }
   }
 }
 
-// Large weights take huge pages where the system has them: fewer faults while loading, fewer TLB misses later.
+// Large weights take huge pages where the system has them: fewer faults while loading, fewer TLB misses
+// later.
 std::byte* allocate(size_t bytes) {
   const size_t alignment = bytes >= kHugePage ? kHugePage : kCacheLine;
   const size_t rounded = (bytes + alignment - 1) / alignment * alignment;
@@ -155,7 +169,8 @@ size_t panel_bytes(Format format, int64_t cols) {
   return bytes;
 }
 
-std::unique_ptr<Weight> pack_weight(ThreadPool& pool, std::span<const Tensor> sources, std::span<const float> bias) {
+std::unique_ptr<Weight> pack_weight(ThreadPool& pool, std::span<const Tensor> sources,
+                                    std::span<const float> bias) {
   check(!sources.empty(), "a weight needs a source");
   auto weight = std::make_unique<PackedWeight>();
   weight->cols = sources[0].cols;
@@ -172,8 +187,8 @@ std::unique_ptr<Weight> pack_weight(ThreadPool& pool, std::span<const Tensor> so
   for (size_t i = 0; i < sources.size(); ++i) {
     const Segment& s = weight->segments[i];
     pool.run(static_cast<int>(s.num_panels), [&](int panel, int) {
-      pack_panel(sources[i], panel, weight->panels.get() + s.start + static_cast<size_t>(panel) * s.panel_bytes,
-                 s.panel_bytes);
+      pack_panel(sources[i], panel,
+                 weight->panels.get() + s.start + static_cast<size_t>(panel) * s.panel_bytes, s.panel_bytes);
     });
   }
   return weight;

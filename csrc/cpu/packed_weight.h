@@ -15,12 +15,12 @@ size_t panel_bytes(Format format, int64_t cols);
 // The rows of one source tensor, cut into panels of 16; the last panel is filled up with zeros.
 struct Segment {
   Format format;
-  int64_t first_row;    // in the whole weight
+  int64_t first_row;  // in the whole weight
   int64_t rows;
   int64_t first_panel;  // in the whole weight
   int64_t num_panels;
   size_t panel_bytes;
-  size_t start;         // of its panels in `panels`
+  size_t start;  // of its panels in `panels`
 };
 
 class PackedWeight : public Weight {
@@ -34,9 +34,9 @@ class PackedWeight : public Weight {
     void operator()(void* memory) const { std::free(memory); }
   };
   std::vector<Segment> segments;
-  std::vector<float> bias;                     // (rows) or empty
+  std::vector<float> bias;  // (rows) or empty
   size_t num_bytes = 0;
-  std::unique_ptr<std::byte[], Free> panels;   // (num_bytes), aligned to a cache line
+  std::unique_ptr<std::byte[], Free> panels;  // (num_bytes), aligned to a cache line
   int64_t num_panels = 0;
 };
 

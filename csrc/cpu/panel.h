@@ -1,10 +1,11 @@
-// How a weight lies in memory for the multiply. Sixteen output channels (kLanes) make a panel, which runs along the
-// columns: for plain floats one vector of sixteen per column, for the quantised formats the sixteen channels' blocks,
-// interleaved: Panel<Block>. A block keeps exactly its information and (Q4_K and Q5_K but for 3 %) its size.
+// How a weight lies in memory for the multiply. Sixteen output channels (kLanes) make a panel, which runs
+// along the columns: for plain floats one vector of sixteen per column, for the quantised formats the sixteen
+// channels' blocks, interleaved: Panel<Block>. A block keeps exactly its information and (Q4_K and Q5_K but
+// for 3 %) its size.
 //
-// Quants are unsigned. A 32-bit lane belongs to one channel and holds four consecutive columns as bytes, the first one
-// lowest, or eight as nibbles: columns 0..3 in the low nibbles, 4..7 in the high ones. So one load, shift and mask gives
-// what an integer dot product of four bytes takes, for any format.
+// Quants are unsigned. A 32-bit lane belongs to one channel and holds four consecutive columns as bytes, the
+// first one lowest, or eight as nibbles: columns 0..3 in the low nibbles, 4..7 in the high ones. So one load,
+// shift and mask gives what an integer dot product of four bytes takes, for any format.
 #pragma once
 
 #include <cstddef>
@@ -38,7 +39,7 @@ struct Panel<BlockQ4_1> {
   uint32_t q[4][16];
 };
 
-// w = d · (q - 16). The fifth bit of byte j of the columns' four number c is bit 8j + c of its channel's high[].
+// w = d · (q - 16). A quant's fifth bit is bit 8 · (column % 4) + column / 4 of high[channel].
 template <>
 struct Panel<BlockQ5_0> {
   uint16_t d[16];
@@ -62,22 +63,27 @@ struct Panel<BlockQ4_K> {
   uint32_t q[8][4][16];  // [group][columns / 8][channel]
 };
 
-// As Q4_K with a fifth bit.
+// As Q4_K with a fifth bit, placed as in Q5_0. A group is read as one stream.
 template <>
 struct Panel<BlockQ5_K> {
   uint16_t d[16], dmin[16];
   uint8_t scales[8][16], mins[8][16];
-  uint32_t high[8][16];
-  uint32_t q[8][4][16];
+  struct {
+    uint32_t high[16];
+    uint32_t q[4][16];
+  } groups[8];
 };
 
-// w = d · scales[group] · (q - 32). The two upper bits of byte j of four number c are bits 8j + 2c and 8j + 2c + 1.
+// w = d · scales[group] · (q - 32). A quant's two upper bits start at bit 8 · (column % 4) + 2 · (column / 4)
+// of groups[group].high[channel], the column counted within its group of 16.
 template <>
 struct Panel<BlockQ6_K> {
   uint16_t d[16];
   int8_t scales[16][16];
-  uint32_t high[16][16];
-  uint32_t q[16][2][16];
+  struct {
+    uint32_t high[16];
+    uint32_t q[2][16];
+  } groups[16];
 };
 
 static_assert(sizeof(Panel<BlockQ8_0>) == 16 * sizeof(BlockQ8_0));

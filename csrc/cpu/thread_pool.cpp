@@ -20,6 +20,8 @@ using Clock = std::chrono::steady_clock;
 constexpr auto kPoll = std::chrono::microseconds(20);
 constexpr auto kYield = std::chrono::microseconds(100);
 
+constexpr int kMaxThreads = 1024;
+
 // True as soon as ready() is; false after kYield. Reading the clock paces the loop as a pause instruction
 // would.
 template <class Ready>
@@ -42,8 +44,9 @@ int usable_cores() {
 }  // namespace
 
 ThreadPool::ThreadPool(int num_threads) {
-  require(num_threads >= 0,
-          "num_threads must be 0 (one per core) or more, not " + std::to_string(num_threads));
+  require(num_threads >= 0 && num_threads <= kMaxThreads, "num_threads must be 0 (one per core) to " +
+                                                              std::to_string(kMaxThreads) + ", not " +
+                                                              std::to_string(num_threads));
   const int size = num_threads == 0 ? usable_cores() : num_threads;
   threads_.reserve(size - 1);
   for (int worker = 1; worker < size; ++worker) threads_.emplace_back([this, worker] { serve(worker); });

@@ -102,7 +102,7 @@ inline F32x16 first(F32x16 a, int n, float rest) {
 }
 // a · 2^exponent; exponent is an integer in [-126, 127].
 inline F32x16 scale_by_power(F32x16 a, F32x16 exponent) {
-  return each([&](int i) { return std::ldexp(a.v[i], static_cast<int>(exponent.v[i])); });
+  return each([&](int i) { return a.v[i] * std::exp2(exponent.v[i]); });
 }
 
 inline I32x16 load_u8(const uint8_t* p) {

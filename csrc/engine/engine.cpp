@@ -145,8 +145,9 @@ void Engine::loop() {
     float* logits = transformer_->forward(batch);
     std::vector<Sampled> next(batch.sampling.size());
     device_->sample(logits, config_.vocab_size, batch.sampling, next);
-    outbox_.post(scheduler_->commit(step, next, now()));
-    publish_stats();
+    std::vector<Event> events = scheduler_->commit(step, next, now());
+    publish_stats();  // first, so that whoever has a request's last event sees it gone
+    outbox_.post(std::move(events));
   }
 }
 

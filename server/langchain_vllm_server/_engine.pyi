@@ -1,4 +1,4 @@
-"""The C++ engine: token ids in, token ids out. `async_engine` is its only importer (and `checkpoint`'s types name it)."""
+"""The C++ engine: token ids in, token ids out."""
 
 from collections.abc import Sequence
 
@@ -104,10 +104,13 @@ class Engine:
         options: EngineOptions,
         loading: Loading,
     ) -> None:
-        """Load and start. Raises ValueError (bad checkpoint or options) or MemoryError; blocks with the GIL released."""
+        """Load and start, with the GIL released. Raises ValueError (bad checkpoint or options) or MemoryError."""
 
     def submit(self, request_id: int, prompt: Sequence[int], params: SamplingParams) -> None:
-        """Queue a request. Raises ValueError naming the parameter that can never be served."""
+        """Queue a request; ids only grow.
+
+        Raises ValueError naming the parameter that can never be served, RuntimeError when the engine has stopped.
+        """
 
     def cancel(self, request_id: int) -> None: ...
     def fileno(self) -> int:

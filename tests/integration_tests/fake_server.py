@@ -1,7 +1,8 @@
 """A server that keeps the launcher's contract and has no model: real process, real pipes, real HTTP.
 
 The model's name says how it behaves: `good`, `slow` (half a second of loading), `crash` (at start), `crash-loading`,
-`mute` (never announces itself), `stuck` (loading for ever), `deaf` (ignores SIGTERM), `die` (at a request).
+`mute` (never announces itself), `stuck` (loading for ever), `deaf` (ignores SIGTERM), `die` (at a request), `pipe-only`
+(has no parent-death signal).
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ def main() -> None:
     parser.add_argument("--announce-fd", type=int)
     parser.add_argument("--parent-fd", type=int)
     args, _ = parser.parse_known_args()
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+    if args.model != "pipe-only":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
     threading.Thread(target=exit_with_parent, args=(args.parent_fd,), daemon=True).start()
     if args.model == "deaf":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -64,7 +66,7 @@ def handler(model: str) -> type[BaseHTTPRequestHandler]:
             elif done >= 1.0:
                 self.answer(200, None)
             else:
-                progress = 0.0 if model == "stuck" else round(done, 1)
+                progress = 0.0 if model == "stuck" else int(done * 5) / 5
                 self.answer(503, {"status": "loading", "phase": "weights", "progress": progress})
 
         def do_POST(self) -> None:

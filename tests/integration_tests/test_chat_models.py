@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
+import re
 from typing import TYPE_CHECKING
+from urllib.request import urlopen
 
 import openai
 import pytest
@@ -102,6 +105,27 @@ def test_stop(llm: ChatVLLM) -> None:
     answer = text(llm.invoke(MESSAGES))
     word = answer.split()[1]
     assert text(llm.invoke(MESSAGES, stop=[word])) == answer[: answer.index(word)]
+
+
+def running(server: VLLMServer) -> float:
+    with urlopen(server.base_url.replace("/v1", "/metrics")) as answer:
+        found = re.search(r"^vllm:num_requests_running(?:\{.*?\})? (\S+)$", answer.read().decode(), re.MULTILINE)
+    assert found
+    return float(found[1])
+
+
+async def test_a_closed_stream_ends_the_request(llm: ChatVLLM, server: VLLMServer) -> None:
+    endless = llm.bind(ignore_eos=True, max_tokens=1500)
+    stream = endless.stream(MESSAGES)
+    next(stream)
+    assert running(server) == 1
+    stream.close()  # type: ignore[attr-defined]
+    assert eventually(lambda: running(server) == 0, seconds=2)
+    astream = endless.astream(MESSAGES)
+    await anext(astream)
+    assert running(server) == 1
+    await astream.aclose()  # type: ignore[attr-defined]
+    assert await asyncio.to_thread(eventually, lambda: running(server) == 0, seconds=2)
 
 
 def test_tokens(llm: ChatVLLM) -> None:

@@ -29,12 +29,19 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parents[2]
 
 
+def log_readers() -> int:
+    return [thread.name for thread in threading.enumerate()].count("langchain-vllm-log")
+
+
 @pytest.fixture(autouse=True)
 def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(VLLMServer, "_command", fake_command)
     monkeypatch.setattr(_shared, "KEEP_ALIVE_SECONDS", 0.1)
     for name in ("VLLM_BASE_URL", "VLLM_API_BASE", "VLLM_API_KEY"):
         monkeypatch.delenv(name, raising=False)
+    gc.collect()
+    while _shared._entries:  # servers of earlier tests, kept alive for a while
+        _shared._entries.popitem()[1].server.stop()
     yield
     gc.collect()
     assert eventually(lambda: not _shared._entries), "a shared server was left"
@@ -83,12 +90,11 @@ class TestStartAndStop:
     def test_nothing_is_left(self) -> None:
         with VLLMServer("good"):
             pass
-        before, threads = descriptors(), threading.active_count()
+        before = descriptors(), log_readers()
         for _ in range(5):
             with VLLMServer("good"):
                 pass
-        assert descriptors() == before
-        assert threading.active_count() == threads
+        assert (descriptors(), log_readers()) == before
 
     def test_a_forgotten_server_stops(self) -> None:
         server = VLLMServer("good")
@@ -129,6 +135,18 @@ class TestStartAndStop:
             environment = Path(f"/proc/{server.pid}/environ").read_text()
         assert "hidden-key" not in arguments
         assert "VLLM_API_KEY=hidden-key" in environment
+
+    def test_ctrl_c_in_the_terminal_is_for_the_owner(self) -> None:
+        with VLLMServer("good") as server:
+            assert server.pid is not None
+            assert os.getsid(server.pid) == server.pid != os.getsid(0)
+
+    def test_a_proxy_of_the_environment_is_not_for_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+        monkeypatch.delenv("NO_PROXY", raising=False)
+        monkeypatch.delenv("no_proxy", raising=False)
+        with VLLMServer("good", startup_timeout=2) as server:
+            assert ChatVLLM(base_url=server.base_url, max_retries=0).invoke("Hello").content
 
     def test_stop_while_starting(self) -> None:
         server = VLLMServer("stuck")
@@ -215,9 +233,9 @@ class TestProgress:
 class TestOwner:
     """Whatever ends the owner ends the server."""
 
-    def own(self, what: str) -> tuple[subprocess.Popen[str], int]:
+    def own(self, what: str, model: str = "good") -> tuple[subprocess.Popen[str], int]:
         owner = subprocess.Popen(
-            [sys.executable, "-m", "tests.integration_tests.owner", what, "good"],
+            [sys.executable, "-m", "tests.integration_tests.owner", what, model],
             stdout=subprocess.PIPE,
             text=True,
             cwd=ROOT,
@@ -226,8 +244,9 @@ class TestOwner:
         return owner, int(owner.stdout.readline())
 
     @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-    def test_signals(self, number: signal.Signals) -> None:
-        owner, server = self.own("wait")
+    @pytest.mark.parametrize("model", ["good", "pipe-only"])
+    def test_signals(self, number: signal.Signals, model: str) -> None:
+        owner, server = self.own("wait", model)
         with owner:
             assert alive(server)
             owner.send_signal(number)
@@ -241,7 +260,7 @@ class TestOwner:
             assert not alive(server)
 
     def test_a_forked_child_does_not_keep_the_server(self) -> None:
-        owner, server = self.own("fork")
+        owner, server = self.own("fork", "pipe-only")
         with owner:
             assert owner.stdout is not None
             child = int(owner.stdout.readline())
@@ -293,7 +312,10 @@ class TestSharing:
     def test_the_keep_alive_bridges_a_gap(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(_shared, "KEEP_ALIVE_SECONDS", 0.5)
         pids = {str(ChatVLLM(model="good").invoke("Hello").content).split()[0] for _ in range(3)}
+        chat = ChatVLLM(model="good")
+        pids.add(str(chat.invoke("Hello").content).split()[0])
         assert len(pids) == 1
+        assert not eventually(lambda: not alive(int(*pids)), seconds=0.8)  # the gaps before count no more
 
     def test_other_settings_are_other_servers(self) -> None:
         chats = [
@@ -358,6 +380,16 @@ class TestSharing:
         with pytest.raises(VLLMConnectionError):
             chat.invoke("Hello")
         assert chat.server.pid != first
+
+    def test_an_object_follows_a_server_that_another_has_started_again(self) -> None:
+        first, second = ChatVLLM(model="good"), ChatVLLM(model="good")
+        pids = [int(str(chat.invoke("Hello").content).split()[0]) for chat in (first, second)]
+        assert pids[0] == pids[1]
+        os.kill(pids[0], signal.SIGKILL)
+        assert first.server is not None
+        assert eventually(lambda: not first.server.is_ready)  # type: ignore[union-attr]
+        pids = [int(str(chat.invoke("Hello").content).split()[0]) for chat in (first, second)]
+        assert pids[0] == pids[1]
 
     def test_a_failed_start_fails_every_caller(self) -> None:
         chat = ChatVLLM(model="crash")

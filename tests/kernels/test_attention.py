@@ -39,15 +39,15 @@ class Run:
 
     cfg: dict[str, Any]
     isa: str = ISAS[0]
-    format: str = "F32"
+    kv_format: str = "F32"
     threads: int = 1
-    poison: int = 0xFF  # bytes of 0xFF are a NaN in every format
+    poison: int = 0xFF  # bytes of 0xFF are a NaN in every kv_format
     attention: Any = field(init=False)
     free: list[int] = field(init=False)
 
     def __post_init__(self) -> None:
         num_blocks = 400
-        self.attention = _kernels_test.Attention(self.isa, self.threads, self.cfg, self.format, num_blocks)
+        self.attention = _kernels_test.Attention(self.isa, self.threads, self.cfg, self.kv_format, num_blocks)
         for block in range(num_blocks):
             self.attention.fill_block(block, self.poison)
         self.free = [int(b) for b in np.random.default_rng(1).permutation(num_blocks)]
@@ -76,28 +76,28 @@ class Run:
         return outputs
 
 
-def rounded(x: F32, format: str) -> F64:
+def rounded(x: F32, kv_format: str) -> F64:
     """What the cache keeps of x."""
-    if format == "F16":
+    if kv_format == "F16":
         return x.astype(np.float16).astype(np.float64)
-    if format == "BF16":
+    if kv_format == "BF16":
         bits = x.view(np.uint32)
         return ((bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000).astype(np.uint32).view(np.float32).astype(np.float64)
     return x.astype(np.float64)
 
 
-def reference(cfg: dict[str, Any], qkv: F32, format: str) -> tuple[F64, F64]:
+def reference(cfg: dict[str, Any], qkv: F32, kv_format: str) -> tuple[F64, F64]:
     """Attention in float64 over the rounded keys and values, and how far off f32 arithmetic may be."""
     heads, kv_heads, dim = cfg["num_attention_heads"], cfg["num_key_value_heads"], cfg["head_dim"]
     n, scale, window = len(qkv), cfg["attention_scale"], cfg.get("sliding_window", [0])[0]
     q, k, v = np.split(qkv, [heads * dim, (heads + kv_heads) * dim], axis=1)
     q64 = q.astype(np.float64).reshape(n, heads, dim)
-    k64, v64 = (np.repeat(rounded(x, format).reshape(n, kv_heads, dim), heads // kv_heads, axis=1) for x in (k, v))
+    k64, v64 = (np.repeat(rounded(x, kv_format).reshape(n, kv_heads, dim), heads // kv_heads, axis=1) for x in (k, v))
     scores = np.einsum("qhd,khd->hqk", q64, k64) * scale
     error = np.einsum("qhd,khd->hqk", np.abs(q64), np.abs(k64)) * scale * (dim + 2) * U
     distance = np.arange(n)[None, :] - np.arange(n)[:, None]
     if "alibi_slopes" in cfg:
-        bias = np.float32(cfg["alibi_slopes"])[:, None, None] * distance
+        bias = np.array(cfg["alibi_slopes"], np.float32)[:, None, None] * distance
         scores, error = scores + bias, error + np.abs(bias) * U
     error += np.abs(scores) * 2 * U
     masked = (distance > 0) | (distance <= -window if window else False)
@@ -113,8 +113,8 @@ def reference(cfg: dict[str, Any], qkv: F32, format: str) -> tuple[F64, F64]:
     return out.reshape(n, -1), bound.reshape(n, -1)
 
 
-def check(cfg: dict[str, Any], qkv: F32, out: F32, format: str = "F32") -> None:
-    expected, bound = reference(cfg, qkv, format)
+def check(cfg: dict[str, Any], qkv: F32, out: F32, kv_format: str = "F32") -> None:
+    expected, bound = reference(cfg, qkv, kv_format)
     assert np.all(np.isfinite(out))
     assert np.all(np.abs(out - expected) <= bound)
 
@@ -123,12 +123,12 @@ HEADS = [(1, 1, 8), (4, 4, 16), (4, 4, 20), (9, 3, 64), (8, 2, 128), (5, 1, 80),
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("format", ["F32", "F16", "BF16"])
+@pytest.mark.parametrize("kv_format", ["F32", "F16", "BF16"])
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), HEADS)
-def test_whole_prompt(isa: str, format: str, heads: int, kv_heads: int, head_dim: int) -> None:
+def test_whole_prompt(isa: str, kv_format: str, heads: int, kv_heads: int, head_dim: int) -> None:
     cfg = config(heads, kv_heads, head_dim)
     qkv = random_qkv(cfg, 150, seed=head_dim)
-    check(cfg, qkv, Run(cfg, isa, format)([qkv], [[150]])[0], format)
+    check(cfg, qkv, Run(cfg, isa, kv_format)([qkv], [[150]])[0], kv_format)
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -173,7 +173,9 @@ BITS = [
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("cfg", BITS)
 @pytest.mark.parametrize(
-    "chunks", [[1] * 290, [289, 1], [7] * 41 + [3], [1, 160, 129], [128, 128, 34]], ids=["ones", "last", "7", "1", "128"]
+    "chunks",
+    [[1] * 290, [289, 1], [7] * 41 + [3], [1, 160, 129], [128, 128, 34]],
+    ids=["ones", "last", "7", "1", "128"],
 )
 def test_chunks_do_not_change_a_bit(isa: str, cfg: dict[str, Any], chunks: list[int]) -> None:
     if isa == "scalar" and len(chunks) == 290:
@@ -185,15 +187,15 @@ def test_chunks_do_not_change_a_bit(isa: str, cfg: dict[str, Any], chunks: list[
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("cfg", BITS)
-@pytest.mark.parametrize("format", ["F32", "BF16"])
-def test_neighbours_threads_and_stale_blocks_do_not_change_a_bit(isa: str, cfg: dict[str, Any], format: str) -> None:
+@pytest.mark.parametrize("kv_format", ["F32", "BF16"])
+def test_neighbours_threads_and_stale_blocks_do_not_change_a_bit(isa: str, cfg: dict[str, Any], kv_format: str) -> None:
     """A ragged batch of prompts and decode steps on 1, 2 and 5 threads, and each sequence alone in a clean cache."""
     lengths = [300, 1, 17, 260, 129]
     chunks = [[300], [1], [16, 1], [100, 100, 60], [64, 64, 1]]
     sequences = [random_qkv(cfg, n, seed=i) for i, n in enumerate(lengths)]
-    alone = [Run(cfg, isa, format, poison=0)([s], [[len(s)]])[0] for s in sequences]
+    alone = [Run(cfg, isa, kv_format, poison=0)([s], [[len(s)]])[0] for s in sequences]
     for threads in (1, 2, 5):
-        together = Run(cfg, isa, format, threads)(sequences, chunks)
+        together = Run(cfg, isa, kv_format, threads)(sequences, chunks)
         for one, other in zip(alone, together, strict=True):
             assert np.array_equal(one, other)
 
@@ -222,7 +224,7 @@ def test_later_tokens_cannot_spoil_earlier_ones(isa: str) -> None:
 
 def rotated(x: F64, positions: F64, cfg: dict[str, Any]) -> F64:
     """RoPE of x (tokens, heads, head_dim) in float64, from angles in f32 as transformers computes them."""
-    inv_freq, factor = np.float32(cfg["rope_inv_freq"]), cfg.get("rope_attention_factor", 1.0)
+    inv_freq, factor = np.array(cfg["rope_inv_freq"], np.float32), cfg.get("rope_attention_factor", 1.0)
     half = len(inv_freq)
     angles = (positions.astype(np.float32)[:, None] * inv_freq).astype(np.float64)[:, None, :]
     cos, sin = np.cos(angles) * factor, np.sin(angles) * factor
@@ -288,10 +290,14 @@ def test_rotation_follows_the_positions() -> None:
 def test_stored_numbers_are_rounded_to_nearest_even(isa: str) -> None:
     """One token attends to itself: what comes out is its value, as the cache keeps it."""
     cfg = config(1, 1, 16)
-    values = np.float32([0, 1, -1, 1 + 2**-11, 1 + 3 * 2**-11, 1 + 2**-8, 1 + 3 * 2**-8, 65504, 6e-5, -3e-8] + [0.1] * 6)
+    values = np.float32(
+        [0, 1, -1, 1 + 2**-11, 1 + 3 * 2**-11, 1 + 2**-8, 1 + 3 * 2**-8, 65504, 6e-5, -3e-8] + [0.1] * 6
+    )
     qkv = np.concatenate([random_qkv(cfg, 1, seed=0)[:, :32], values[None, :]], axis=1)
-    for format in ("F16", "BF16"):
-        assert np.array_equal(Run(cfg, isa, format)([qkv], [[1]])[0][0], rounded(values, format).astype(np.float32))
+    for kv_format in ("F16", "BF16"):
+        assert np.array_equal(
+            Run(cfg, isa, kv_format)([qkv], [[1]])[0][0], rounded(values, kv_format).astype(np.float32)
+        )
 
 
 def test_bad_block_tables_are_refused() -> None:

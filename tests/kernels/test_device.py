@@ -51,16 +51,17 @@ def test_devices_are_made_by_name() -> None:
         _kernels_test.make_device("abacus")
 
 
-def test_too_few_threads() -> None:
-    with pytest.raises(RuntimeError, match="num_threads"):
-        _kernels_test.CpuDevice("scalar", -1)
+@pytest.mark.parametrize("threads", [-1, 1025])
+def test_absurd_numbers_of_threads_are_refused(threads: int) -> None:
+    with pytest.raises(RuntimeError, match=f"num_threads must be 0 .* to 1024, not {threads}"):
+        _kernels_test.CpuDevice("scalar", threads)
 
 
-@pytest.mark.parametrize(("format", "size"), [("F32", 4), ("F16", 2), ("BF16", 2)])
+@pytest.mark.parametrize(("kv_format", "size"), [("F32", 4), ("F16", 2), ("BF16", 2)])
 @pytest.mark.parametrize(("head_dim", "padded"), [(64, 64), (80, 80), (20, 32)])
-def test_cache_size(format: str, size: int, head_dim: int, padded: int) -> None:
+def test_cache_size(kv_format: str, size: int, head_dim: int, padded: int) -> None:
     config = {"num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": head_dim}
-    attention = _kernels_test.Attention("scalar", 1, config, format, 7)
+    attention = _kernels_test.Attention("scalar", 1, config, kv_format, 7)
     assert attention.kv_bytes_per_block == 3 * 2 * 16 * (head_dim + padded) * size
     assert attention.cache_bytes == 7 * attention.kv_bytes_per_block
 

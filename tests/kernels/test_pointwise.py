@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
 from langchain_vllm_server import _kernels_test
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 ISAS = _kernels_test.isas()
 U = 2.0**-24  # unit roundoff of f32

@@ -19,6 +19,10 @@ DEVICES = {isa: _kernels_test.CpuDevice(isa, 2) for isa in ISAS}
 Result = tuple[int, list[tuple[int, float, int]]]
 
 
+def f32(values: list[float]) -> F32:
+    return np.array(values, np.float32)
+
+
 def sample(logits: F32, params: dict[str, Any], tokens: list[int], num_prompt: int, isa: str = ISAS[0]) -> Result:
     request = (params, tokens, num_prompt, len(tokens))
     result: Result = DEVICES[isa].sample(logits.reshape(1, -1).copy(), [request])[0]
@@ -86,7 +90,7 @@ def cases(draw: st.DrawFn) -> tuple[F32, dict[str, Any], list[int], int]:
         "min_tokens": draw(st.integers(0, 4)),
         "seed": draw(st.integers(0, 2**64 - 1)),
     }
-    return np.float32(quarters) / 4, params, tokens, draw(st.integers(1, len(tokens)))
+    return f32(quarters) / 4, params, tokens, draw(st.integers(1, len(tokens)))
 
 
 @settings(max_examples=600, deadline=None)
@@ -164,19 +168,19 @@ def test_top_k_of_sorted_logits(order: str) -> None:
 
 
 def test_greedy_takes_the_first_of_equals() -> None:
-    logits = np.float32([1, 3, 2, 3, 3])
+    logits = f32([1, 3, 2, 3, 3])
     assert sample(logits, {"temperature": 0.0}, [0], 1)[0] == 1
     assert sample(logits, {"temperature": 1e-6, "seed": 5}, [0], 1)[0] == 1
 
 
 def test_top_k_keeps_the_first_of_equals() -> None:
-    logits = np.float32([0, 1, 1, 1])
+    logits = f32([0, 1, 1, 1])
     tokens = {sample(logits, {"temperature": 1.0, "top_k": 2, "seed": seed}, [0], 1)[0] for seed in range(50)}
     assert tokens == {1, 2}
 
 
 def test_top_p_keeps_the_token_that_crosses() -> None:
-    logits = np.log(np.float32([0.5, 0.3, 0.2]))
+    logits = np.log(f32([0.5, 0.3, 0.2]))
     for top_p, kept in ((0.4, {0}), (0.55, {0, 1}), (0.79, {0, 1}), (0.85, {0, 1, 2})):
         params = {"temperature": 1.0, "top_p": top_p}
         assert {sample(logits, params | {"seed": s}, [0], 1)[0] for s in range(100)} == kept
@@ -184,19 +188,19 @@ def test_top_p_keeps_the_token_that_crosses() -> None:
 
 def test_penalties() -> None:
     greedy = {"temperature": 0.0}
-    logits = np.float32([2.0, 1.9, -1.0, -1.1])
+    logits = f32([2.0, 1.9, -1.0, -1.1])
     assert sample(logits, greedy | {"repetition_penalty": 1.1}, [0], 1)[0] == 1  # a prompt token: 2 / 1.1 < 1.9
     assert sample(logits, greedy | {"presence_penalty": 0.2}, [0, 1], 2)[0] == 0  # a prompt counts for nothing here
     assert sample(logits, greedy | {"presence_penalty": 0.2}, [1, 0], 1)[0] == 1
     assert sample(logits, greedy | {"frequency_penalty": 0.06}, [1, 0], 1)[0] == 0
     assert sample(logits, greedy | {"frequency_penalty": 0.06}, [1, 0, 0], 1)[0] == 1
-    negative = np.float32([-1.0, -1.1])
+    negative = f32([-1.0, -1.1])
     assert sample(negative, greedy | {"repetition_penalty": 1.2}, [0], 1)[0] == 1  # -1 · 1.2 < -1.1
 
 
 def test_min_tokens_hides_the_end() -> None:
     params = {"temperature": 0.0, "min_tokens": 2, "stop_token_ids": [0, 2]}
-    logits = np.float32([3, 1, 2])
+    logits = f32([3, 1, 2])
     assert [sample(logits, params, [1] * n, 1)[0] for n in (1, 2, 3, 4)] == [1, 1, 0, 0]
 
 
@@ -225,7 +229,7 @@ def test_top_logprobs_are_the_greatest(k: int) -> None:
 
 
 def test_number_of_logprobs() -> None:
-    logits = np.float32([1, 2, 3])
+    logits = f32([1, 2, 3])
     assert sample(logits, {"temperature": 0.0}, [0], 1)[1] == []
     assert [t for t, _, _ in sample(logits, {"temperature": 0.0, "num_logprobs": 0}, [0], 1)[1]] == [2]
     assert [t for t, _, _ in sample(logits, {"temperature": 0.0, "num_logprobs": 9}, [0], 1)[1]] == [2, 2, 1, 0]
@@ -247,7 +251,7 @@ def test_number_of_logprobs() -> None:
 )
 def test_odd_logits(isa: str, temperature: float, logits: list[float], expected: set[int]) -> None:
     params = {"temperature": temperature, "num_logprobs": 3, "top_p": 0.9, "repetition_penalty": 0.5}
-    token, logprobs = sample(np.float32(logits), params, [0], 1, isa)
+    token, logprobs = sample(f32(logits), params, [0], 1, isa)
     assert token in expected
     assert len(logprobs) == 1 + min(3, len(logits))
     assert not any(math.isnan(p) or p > 0 for _, p, _ in logprobs)

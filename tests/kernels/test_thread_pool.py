@@ -36,9 +36,7 @@ def test_a_run_within_a_task_is_refused(threads: int) -> None:
 def test_pools_beside_each_other() -> None:
     """Four pools of two threads, twice as many threads as a small machine has cores."""
     results: list[list[int]] = []
-    callers = [
-        threading.Thread(target=lambda: results.append(_kernels_test.count_tasks(2, 500, 8))) for _ in range(4)
-    ]
+    callers = [threading.Thread(target=lambda: results.append(_kernels_test.count_tasks(2, 500, 8))) for _ in range(4)]
     for caller in callers:
         caller.start()
     for caller in callers:

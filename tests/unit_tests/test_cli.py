@@ -126,3 +126,18 @@ def test_a_server_that_cannot_start(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     monkeypatch.setattr(langchain_vllm.VLLMServer, "start", fail)
     assert cli.main(["chat", "nothing"]) == 1
     assert capsys.readouterr().err == "langchain-vllm: no such model\n"
+
+
+def test_a_server_of_the_environment_is_used(monkeypatch: pytest.MonkeyPatch, say: Any) -> None:
+    say()
+    monkeypatch.setenv("VLLM_BASE_URL", "http://vllm.test:8000/v1")
+    monkeypatch.setattr(langchain_vllm.VLLMServer, "start", lambda self: pytest.fail("a server was started"))
+    assert cli.main(["chat"]) == 0
+
+
+def test_an_interrupted_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(self: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(langchain_vllm.VLLMServer, "start", interrupt)
+    assert cli.main(["chat"]) == 130
