@@ -8,7 +8,7 @@ BUILD  := --no-build-isolation --config-settings=build-dir=build/native
 
 comma  := ,
 
-.PHONY: help demo test lint format sanitize notebook bench clean
+.PHONY: help demo test lint format sanitize notebook clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -31,7 +31,7 @@ format: $(VENV)/.lint  ## put the sources in shape
 	$(VENV)/bin/clang-format -i $$(find csrc -name '*.h' -o -name '*.cpp' -o -name '*.inl')
 
 notebook: $(VENV)/.tests $(VENV)/.model  ## execute the notebook and keep its outputs
-	$(PYTHON) -m nbconvert --to notebook --execute --inplace notebooks/*.ipynb
+	$(VENV)/bin/jupyter-execute --inplace notebooks/*.ipynb
 
 clean:  ## remove everything that was built
 	rm -rf $(VENV) build
@@ -65,7 +65,7 @@ $(VENV)/.lint: $(VENV)/.tests
 # Memory and undefined behaviour through the Python tests of the engine, data races through plain C++ programs (TSan does
 # not get along with the interpreter). -S keeps the editable install out of the way of the sanitized modules.
 SITE = $(shell $(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
-SANITIZED = cmake -G Ninja -S csrc -B build/$(1) -DENGINE_TESTS=ON '-DENGINE_SANITIZE=$(2)' \
+SANITIZED = $(VENV)/bin/cmake -G Ninja -S csrc -B build/$(1) -DENGINE_TESTS=ON '-DENGINE_SANITIZE=$(2)' \
 	-DPython_EXECUTABLE=$(abspath $(PYTHON)) >/dev/null && $(VENV)/bin/ninja -C build/$(1)
 
 sanitize: $(VENV)/.tests  ## ASan, UBSan and TSan runs of the engine

@@ -41,7 +41,7 @@ class Run:
     isa: str = ISAS[0]
     kv_format: str = "F32"
     threads: int = 1
-    poison: int = 0xFF  # bytes of 0xFF are a NaN in every kv_format
+    poison: int = 0xFF  # bytes of 0xFF are a NaN in every format
     attention: Any = field(init=False)
     free: list[int] = field(init=False)
 
@@ -290,14 +290,12 @@ def test_rotation_follows_the_positions() -> None:
 def test_stored_numbers_are_rounded_to_nearest_even(isa: str) -> None:
     """One token attends to itself: what comes out is its value, as the cache keeps it."""
     cfg = config(1, 1, 16)
-    values = np.float32(
-        [0, 1, -1, 1 + 2**-11, 1 + 3 * 2**-11, 1 + 2**-8, 1 + 3 * 2**-8, 65504, 6e-5, -3e-8] + [0.1] * 6
-    )
+    odd = [0, 1, -1, 1 + 2**-11, 1 + 3 * 2**-11, 1 + 2**-8, 1 + 3 * 2**-8, 65504, 6e-5, -3e-8]
+    values = np.array([*odd, *[0.1] * 6], np.float32)
     qkv = np.concatenate([random_qkv(cfg, 1, seed=0)[:, :32], values[None, :]], axis=1)
     for kv_format in ("F16", "BF16"):
-        assert np.array_equal(
-            Run(cfg, isa, kv_format)([qkv], [[1]])[0][0], rounded(values, kv_format).astype(np.float32)
-        )
+        out = Run(cfg, isa, kv_format)([qkv], [[1]])[0][0]
+        assert np.array_equal(out, rounded(values, kv_format).astype(np.float32))
 
 
 def test_bad_block_tables_are_refused() -> None:

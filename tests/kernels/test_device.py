@@ -25,7 +25,7 @@ def test_add_norm_is_add_then_norm(isa: str, kind: str, shape: tuple[int, int]) 
         device.add_norm(kind, 1e-6, weight, weight, residual, delta, out, composed)
         assert np.array_equal(residual, x + delta)
         results.append(out)
-    assert np.array_equal(*results)
+    assert np.array_equal(results[0], results[1])
 
 
 @pytest.mark.parametrize("numbers", [1, 15, 1000])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -13,13 +13,16 @@ from numpy.typing import NDArray
 
 from langchain_vllm_server import _kernels_test
 
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
 ISAS = _kernels_test.isas()
 F32 = NDArray[np.float32]
 DEVICES = {isa: _kernels_test.CpuDevice(isa, 2) for isa in ISAS}
 Result = tuple[int, list[tuple[int, float, int]]]
 
 
-def f32(values: list[float]) -> F32:
+def f32(values: Sequence[float]) -> F32:
     return np.array(values, np.float32)
 
 
@@ -90,7 +93,7 @@ def cases(draw: st.DrawFn) -> tuple[F32, dict[str, Any], list[int], int]:
         "min_tokens": draw(st.integers(0, 4)),
         "seed": draw(st.integers(0, 2**64 - 1)),
     }
-    return f32(quarters) / 4, params, tokens, draw(st.integers(1, len(tokens)))
+    return f32([q / 4 for q in quarters]), params, tokens, draw(st.integers(1, len(tokens)))
 
 
 @settings(max_examples=600, deadline=None)
