@@ -79,7 +79,7 @@ class Client:
 
 @contextlib.contextmanager
 def running_engine(path: Path, **options: Any) -> Iterator[Client]:
-    """An engine on a checkpoint, stopped at the end."""
+    """An engine on a checkpoint, stopped at the end, when it checks its own books (Scheduler::check_integrity)."""
     checkpoint = load_checkpoint(path)
     config, tensors = to_engine(checkpoint)
     engine_options = _engine.EngineOptions()
@@ -93,3 +93,4 @@ def running_engine(path: Path, **options: Any) -> Iterator[Client]:
         yield Client(engine)
     finally:
         engine.stop()
+        assert engine.stats().error == "", "the loop ended well and its blocks add up"

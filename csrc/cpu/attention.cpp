@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <new>
 #include <string>
 
 #include "base/check.h"
@@ -52,7 +51,8 @@ CpuKvCache::CpuKvCache(const ModelConfig& config, Format cache_format, int32_t b
   bytes_ = block_stride_ * static_cast<size_t>(blocks) * static_cast<size_t>(config.num_hidden_layers);
   void* memory =
       mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (memory == MAP_FAILED) throw std::bad_alloc();
+  require(memory != MAP_FAILED,
+          "out of memory: the key/value cache takes " + std::to_string(bytes_ >> 20) + " MiB");
   memory_ = static_cast<std::byte*>(memory);
 }
 

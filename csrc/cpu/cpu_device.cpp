@@ -6,7 +6,6 @@
 #include <filesystem>
 #include <fstream>
 #include <limits>
-#include <new>
 #include <optional>
 
 #include "base/check.h"
@@ -25,7 +24,7 @@ class CpuBuffer : public Buffer {
     const size_t bytes =
         (std::max<size_t>(1, numbers) * sizeof(float) + kAlignment - 1) / kAlignment * kAlignment;
     data = static_cast<float*>(std::aligned_alloc(kAlignment, bytes));
-    if (!data) throw std::bad_alloc();
+    require(data != nullptr, "out of memory: a buffer takes " + std::to_string(bytes >> 20) + " MiB");
     size = numbers;
   }
   ~CpuBuffer() override { std::free(data); }

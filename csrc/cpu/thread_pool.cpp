@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <chrono>
 #include <string>
+#include <system_error>
 #include <utility>
 
 #include "base/check.h"
@@ -47,12 +48,27 @@ ThreadPool::ThreadPool(int num_threads) {
   require(num_threads >= 0 && num_threads <= kMaxThreads, "num_threads must be 0 (one per core) to " +
                                                               std::to_string(kMaxThreads) + ", not " +
                                                               std::to_string(num_threads));
-  const int size = num_threads == 0 ? usable_cores() : num_threads;
-  threads_.reserve(size - 1);
-  for (int worker = 1; worker < size; ++worker) threads_.emplace_back([this, worker] { serve(worker); });
+  start(num_threads == 0 ? usable_cores() : num_threads);
 }
 
 ThreadPool::~ThreadPool() {
+  stop();
+}
+
+void ThreadPool::start(int num_threads) {
+  threads_.reserve(num_threads - 1);
+  try {
+    for (int worker = 1; worker < num_threads; ++worker)
+      threads_.emplace_back([this, worker] { serve(worker); });
+  } catch (const std::system_error& e) {
+    const std::string started = std::to_string(size());
+    stop();
+    throw InputError("cannot start " + std::to_string(num_threads) + " threads, only " + started + " (" +
+                     e.what() + "): lower --threads");
+  }
+}
+
+void ThreadPool::stop() {
   stopping_ = true;
   ++runs_;
   runs_.notify_all();

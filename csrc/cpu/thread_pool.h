@@ -42,6 +42,8 @@ class ThreadPool {
   void serve(int worker);  // a thread's life
   bool wait_for_work();    // false: the pool is being destroyed
   bool take(int& index);
+  void start(int num_threads);
+  void stop();
 
   Call call_ = nullptr;
   void* task_ = nullptr;

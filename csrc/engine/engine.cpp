@@ -6,7 +6,6 @@
 
 #include "base/check.h"
 #include "engine/batch.h"
-#include "model/checkpoint.h"
 #include "model/weights.h"
 
 namespace engine {
@@ -47,6 +46,7 @@ int32_t size_cache(EngineOptions& options, int64_t budget, int64_t bytes_per_blo
 void validate_options(const EngineOptions& o) {
   require(o.max_num_seqs >= 1, "max_num_seqs must be at least 1");
   require(o.max_num_batched_tokens >= 1, "max_num_batched_tokens must be at least 1");
+  require(o.memory_bytes >= 0, "memory_bytes must be at least 0 (half of what is available)");
   require(o.max_position >= 1, "max_position must be at least 1");
   require(o.max_model_len >= 0 && o.max_model_len <= o.max_position,
           "max_model_len " + std::to_string(o.max_model_len) + " is beyond the model's own limit of " +
@@ -63,16 +63,20 @@ Engine::Engine(const ModelConfig& config, const TensorIndex& tensors, const Engi
   validate_options(options_);
   device_ = make_device(options_.device, options_.num_threads);
   const auto available = static_cast<int64_t>(device_->memory_available());
+  require(options_.memory_bytes <= available, "the engine may use " + mib(options_.memory_bytes) +
+                                                  " of memory, but only " + mib(available) +
+                                                  " are available: lower --memory");
   const int64_t memory = options_.memory_bytes > 0 ? options_.memory_bytes : available / 2;
   // A step never runs more sequences than tokens, and never samples more rows than sequences.
-  const int max_tokens = std::max(options_.max_num_batched_tokens, 1);
+  const int max_tokens = options_.max_num_batched_tokens;
   const int max_logits = std::min(options_.max_num_seqs, max_tokens);
   const auto activations =
       static_cast<int64_t>(Transformer::activation_bytes(config_, max_tokens, max_logits));
-  const int64_t stored = stored_bytes(tensors);
-  require(stored + activations < memory, "the weights (" + mib(stored) + ") and activations (" +
-                                             mib(activations) + ") do not fit in " + mib(memory) +
-                                             " of memory: raise --memory or take a smaller model");
+  const int64_t loaded = loaded_bytes(tensors, options_.weight_format);
+  require(loaded + activations < memory,
+          "the weights (" + mib(loaded) + ") and activations (" + mib(activations) + ") do not fit in " +
+              mib(memory) +
+              " of memory: raise --memory, lower --max-num-batched-tokens or take a smaller model");
 
   Weights weights = load_weights(config_, tensors, options_.weight_format, *device_, loading);
   weight_bytes_ = weights.bytes();
@@ -94,7 +98,7 @@ Engine::~Engine() {
 
 void Engine::stop() {
   inbox_.close();
-  if (thread_.joinable()) thread_.join();
+  std::call_once(joined_, [this] { thread_.join(); });
 }
 
 void Engine::submit(Request request) {
@@ -115,6 +119,7 @@ void Engine::run() {
   std::string error;
   try {
     loop();
+    scheduler_->check_integrity();
   } catch (const std::exception& e) {
     error = e.what();
   }

@@ -29,11 +29,9 @@ class Engine {
   int fileno() const { return outbox_.fileno(); }
   std::vector<Event> drain() { return outbox_.drain(); }
   Stats stats() const;
-  void stop();  // ends open requests; idempotent
+  void stop();  // ends open requests and returns when the thread has; from any thread, any number of times
 
-  const EngineOptions& options() const {
-    return options_;
-  }  // with defaults filled in: max_model_len, num_threads …
+  const EngineOptions& options() const { return options_; }  // with max_model_len filled in
   size_t weight_bytes() const { return weight_bytes_; }
   std::string device_name() const { return device_->name(); }
 
@@ -56,6 +54,7 @@ class Engine {
   mutable std::mutex stats_mutex_;
   Stats stats_;
   std::thread thread_;
+  std::once_flag joined_;
 };
 
 }  // namespace engine

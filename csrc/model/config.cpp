@@ -1,6 +1,8 @@
 #include "model/config.h"
 
+#include <algorithm>
 #include <cmath>
+#include <span>
 #include <string>
 
 #include "base/check.h"
@@ -8,9 +10,12 @@
 namespace engine {
 namespace {
 
-void positive(const char* name, int64_t value) {
-  require(value > 0,
-          std::string("config: ") + name + " is " + std::to_string(value) + ", expected at least 1");
+// Of any size, far beyond every model: keeps sums and small multiples of sizes within 32 bits.
+constexpr int64_t kMost = 1 << 24;
+
+void size(const char* name, int64_t value) {
+  require(value > 0 && value <= kMost, std::string("config: ") + name + " is " + std::to_string(value) +
+                                           ", expected 1 to " + std::to_string(kMost));
 }
 
 void length(const char* name, size_t found, size_t expected) {
@@ -18,16 +23,22 @@ void length(const char* name, size_t found, size_t expected) {
                                                " entries, expected " + std::to_string(expected));
 }
 
+void finite(const char* name, std::span<const float> values) {
+  require(std::ranges::all_of(values, [](float x) { return std::isfinite(x); }),
+          std::string("config: ") + name + " must be finite");
+}
+
 }  // namespace
 
 void ModelConfig::validate() const {
-  positive("vocab_size", vocab_size);
-  positive("hidden_size", hidden_size);
-  positive("intermediate_size", intermediate_size);
-  positive("num_hidden_layers", num_hidden_layers);
-  positive("num_attention_heads", num_attention_heads);
-  positive("num_key_value_heads", num_key_value_heads);
-  positive("head_dim", head_dim);
+  size("vocab_size", vocab_size);
+  size("hidden_size", hidden_size);
+  size("intermediate_size", intermediate_size);
+  size("num_hidden_layers", num_hidden_layers);
+  size("num_attention_heads", num_attention_heads);
+  size("num_key_value_heads", num_key_value_heads);
+  size("head_dim", head_dim);
+  size("num_attention_heads * head_dim", int64_t{num_attention_heads} * head_dim);
   require(num_attention_heads % num_key_value_heads == 0,
           "config: num_attention_heads (" + std::to_string(num_attention_heads) +
               ") is not a multiple of num_key_value_heads (" + std::to_string(num_key_value_heads) + ")");
@@ -36,6 +47,12 @@ void ModelConfig::validate() const {
               " entries, more than half of head_dim");
   length("alibi_slopes", alibi_slopes.size(), static_cast<size_t>(num_attention_heads));
   length("sliding_window", sliding_window.size(), static_cast<size_t>(num_hidden_layers));
+  require(std::ranges::all_of(sliding_window, [](int32_t window) { return window >= 0; }),
+          "config: sliding_window must be at least 0 (no window) in every layer");
+  finite("rope_inv_freq", rope_inv_freq);
+  finite("rope_attention_factor", {&rope_attention_factor, 1});
+  finite("alibi_slopes", alibi_slopes);
+  finite("logit_scale", {&logit_scale, 1});
   require(std::isfinite(attention_scale) && attention_scale > 0,
           "config: attention_scale must be a positive number");
   require(std::isfinite(norm_eps) && norm_eps >= 0, "config: norm_eps must be a number of at least 0");

@@ -144,6 +144,16 @@ size_t Weights::bytes() const {
   return total;
 }
 
+int64_t loaded_bytes(const TensorIndex& tensors, const std::string& weight_format) {
+  if (weight_format.empty()) return stored_bytes(tensors);
+  const Format target = plain_format(weight_format);
+  TensorIndex converted = tensors;
+  for (auto& [role, infos] : converted)
+    for (TensorInfo& info : infos)
+      if (is_plain(info.format)) info.format = target;
+  return stored_bytes(converted);
+}
+
 Weights load_weights(const ModelConfig& config, const TensorIndex& tensors, const std::string& weight_format,
                      Device& device, Loading& loading) {
   config.validate();

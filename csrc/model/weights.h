@@ -36,6 +36,10 @@ struct Weights {
   size_t bytes() const;
 };
 
+// Bytes of the weights once load_weights() has converted them, but for the padding of panels. Throws
+// InputError for a weight_format that is none.
+int64_t loaded_bytes(const TensorIndex& tensors, const std::string& weight_format);
+
 // Maps the files, checks every tensor's name, format and shape against the config, and packs it for the
 // device. weight_format: "" keeps each tensor's own format; F32, F16 or BF16 converts the plain-float ones.
 // Throws InputError naming the tensor, what was expected and what was found.

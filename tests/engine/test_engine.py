@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import random
 import select
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 
 from langchain_vllm_server import _engine
+from langchain_vllm_server.checkpoint import load_checkpoint
+from langchain_vllm_server.engine_config import to_engine
 from tests.engines import Result, running_engine
-from tests.parity.test_tiny_models import VOCAB, make_llama
+from tests.parity.test_tiny_models import VOCAB, make_llama, make_mistral
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -96,6 +101,30 @@ def test_same_alone_cold_and_cached(model: Path) -> None:
     assert cold.num_cached_tokens == 0
     assert cached.num_cached_tokens == 64
     assert (cold.tokens, cold.logprobs) == (cached.tokens, cached.logprobs)
+
+
+@pytest.mark.parametrize("kv_format", ["F32", "F16", "BF16"])
+@pytest.mark.parametrize("window", [False, True])
+def test_same_alone_and_among_32_others(kv_format: str, window: bool, tmp_path: Path) -> None:
+    """One seed, cold and cached, alone and in a crowd that preempts and evicts: the same tokens and log-probabilities.
+
+    The window ends inside blocks and is shorter than the shared prefix.
+    """
+    (make_mistral if window else make_llama)(tmp_path)
+    prompt = [i * 7 % VOCAB for i in range(70)]
+    one = {"max_tokens": 30, "temperature": 1, "seed": 5, "num_logprobs": 3}
+    rng = random.Random(3)
+    others = [random_request(rng) for _ in range(32)]
+    with running_engine(tmp_path, **SMALL, kv_format=kv_format) as client:
+        alone, cached = client.generate(prompt, **one), client.generate(prompt, **one)
+        ids = [client.submit(tokens, **params) for tokens, params in others[:16]]
+        among = client.submit(prompt, **one)
+        ids += [client.submit(tokens, **params) for tokens, params in others[16:]]
+        crowd = client.wait(among, *ids)[0]
+    assert (alone.num_cached_tokens, cached.num_cached_tokens) == (0, 64)
+    assert cached.tokens == alone.tokens
+    assert cached.logprobs == alone.logprobs
+    assert (crowd.tokens, crowd.logprobs) == (alone.tokens, alone.logprobs)
 
 
 def test_siblings_share_the_prompt(model: Path) -> None:
@@ -199,9 +228,86 @@ def test_options_that_cannot_work(model: Path) -> None:
         ({"max_num_seqs": 0}, "max_num_seqs"),
         ({"device": "abacus"}, "abacus"),
         ({"weight_format": "Q4_0"}, "weight_format"),
+        ({"memory_bytes": -1}, "memory_bytes"),
+        ({"memory_bytes": 1 << 60}, "are available: lower --memory"),
+        ({"max_num_batched_tokens": 2**31 - 1}, "activations"),
     ]:
         with pytest.raises(ValueError, match=named), running_engine(model, **options):
             pass
+
+
+def test_memory_is_counted_after_conversion(tmp_path: Path) -> None:
+    """Weights that are widened at load take twice what the file holds: refused before they are loaded, not after."""
+    make_llama(tmp_path, torch.bfloat16)
+    narrow = {"max_num_batched_tokens": 8, "max_num_seqs": 8, "max_model_len": 16, "memory_bytes": 280 << 10}
+    with running_engine(tmp_path, **narrow) as client:
+        assert client.engine.weight_bytes < 170 << 10
+    with pytest.raises(ValueError, match=r"the weights .* do not fit"):
+        running_engine(tmp_path, **narrow, weight_format="F32").__enter__()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("hidden_size", 0),
+        ("head_dim", 0),
+        ("num_key_value_heads", 3),
+        ("vocab_size", 2**31 - 1),
+        ("intermediate_size", 2**30),
+        ("num_attention_heads", 2**24),
+        ("head_dim", 2**24),
+        ("rope_inv_freq", [1.0] * 9),
+        ("rope_inv_freq", [float("nan")]),
+        ("rope_attention_factor", float("inf")),
+        ("alibi_slopes", [1.0]),
+        ("alibi_slopes", [float("inf")] * 4),
+        ("sliding_window", [0]),
+        ("sliding_window", [-1, 0]),
+        ("attention_scale", 0.0),
+        ("logit_scale", float("nan")),
+        ("norm_eps", -1.0),
+        ("clip_qkv", -1.0),
+    ],
+)
+def test_impossible_configs_name_the_field(model: Path, name: str, value: Any) -> None:
+    config, tensors = to_engine(load_checkpoint(model))
+    setattr(config, name, value)
+    options = _engine.EngineOptions()
+    options.max_position = 128
+    with pytest.raises(ValueError, match=f"config: .*{name}"):
+        _engine.Engine(config, tensors, options, _engine.Loading())
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("vocab_size", 130), ("hidden_size", 32), ("intermediate_size", 95), ("num_hidden_layers", 3)]
+)
+def test_a_config_that_contradicts_the_tensors_names_one(model: Path, name: str, value: int) -> None:
+    config, tensors = to_engine(load_checkpoint(model))
+    config.sliding_window = []
+    setattr(config, name, value)
+    options = _engine.EngineOptions()
+    options.max_position = 128
+    with pytest.raises(ValueError, match=r"tensor (model\.|for layers\.2)"):
+        _engine.Engine(config, tensors, options, _engine.Loading())
+
+
+def test_a_file_cut_since_its_header_was_read(tmp_path: Path) -> None:
+    make_llama(tmp_path)
+    config, tensors = to_engine(load_checkpoint(tmp_path))
+    file = tmp_path / "model.safetensors"
+    os.truncate(file, file.stat().st_size // 2)
+    options = _engine.EngineOptions()
+    options.max_position = 128
+    with pytest.raises(ValueError, match=r"ends past the end of .*model\.safetensors: the file is truncated"):
+        _engine.Engine(config, tensors, options, _engine.Loading())
+
+
+def test_stopped_by_many_at_once(model: Path) -> None:
+    with running_engine(model, **SMALL) as client:
+        client.submit([1, 2, 3], max_tokens=100)
+        with ThreadPoolExecutor(8) as pool:
+            for stopped in [pool.submit(client.engine.stop) for _ in range(8)]:
+                stopped.result(10)
 
 
 def test_wakes_at_most_once_a_drain(model: Path) -> None:

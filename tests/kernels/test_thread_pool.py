@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 import time
 
@@ -42,6 +44,18 @@ def test_pools_beside_each_other() -> None:
     for caller in callers:
         caller.join(60)
     assert results == [[500] * 8] * 4
+
+
+def test_too_many_threads_for_the_system_is_an_error() -> None:
+    """Those that did start end; before, the process did."""
+    script = (
+        "import resource; from langchain_vllm_server import _kernels_test\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))\n"  # room for a hundred stacks
+        "_kernels_test.CpuDevice('scalar', 1000)"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    assert result.returncode == 1, result
+    assert "cannot start 1000 threads, only" in result.stderr
 
 
 def test_a_pool_ends_promptly() -> None:
