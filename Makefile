@@ -77,5 +77,5 @@ sanitize: $(VENV)/.tests  ## ASan, UBSan and TSan runs of the engine
 	ln -sf $(abspath server)/langchain_vllm_server/* $(abspath build/asan)/_*.so build/asan/site/langchain_vllm_server/
 	ASAN_OPTIONS=detect_leaks=0 \
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
-	PYTHONPATH=build/asan/site:$(SITE):. $(PYTHON) -S -m pytest tests/engine \
+	PYTHONPATH=build/asan/site:$(SITE):. $(PYTHON) -S -m pytest tests/engine tests/parity/test_tiny_gguf.py \
 		--deselect tests/engine/test_engine.py::test_memory_is_flat  # ASan keeps what is freed in quarantine

@@ -74,6 +74,8 @@ def engine_options(settings: Settings, checkpoint: Checkpoint) -> _engine.Engine
     options.weight_format = _FORMATS.get(settings.dtype, "")
     if settings.kv_cache_dtype != "auto":
         options.kv_format = _FORMATS[settings.kv_cache_dtype]
+    elif options.weight_format == "F32":
+        options.kv_format = "F32"  # who asks for f32 asks for exactness; otherwise f16 is the finer of the two halves
     return options
 
 
