@@ -33,7 +33,8 @@ async def create_chat_completion(
         num_logprobs=_num_logprobs(request, model.max_logprobs),
     )
     _check_tools(request)
-    prompt = await model.encode(render_chat(request, model), add_special_tokens=request.add_special_tokens)
+    text = render_chat(request, model)
+    prompt = await model.encode_prompt(text, add_special_tokens=request.add_special_tokens)
     if not prompt:
         raise BadRequestError("The chat template made an empty prompt of the messages.", "messages")
     limit = request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens

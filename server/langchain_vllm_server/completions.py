@@ -11,6 +11,7 @@ from langchain_vllm_server.errors import BadRequestError
 from langchain_vllm_server.generation import start
 from langchain_vllm_server.logprobs import LogprobFormat
 from langchain_vllm_server.responses import encode_json
+from langchain_vllm_server.sampling import MAX_N
 
 if TYPE_CHECKING:
     from starlette.responses import Response
@@ -107,10 +108,12 @@ async def _prompts(request: CompletionRequest, model: ServedModel) -> list[list[
     given = request.prompt
     if isinstance(given, list) and given and all(type(item) is int for item in given):
         given = [given]  # type: ignore[list-item]
+    if not isinstance(given, str) and len(given) * request.n > MAX_N:
+        raise BadRequestError(f"{len(given)} prompts with n={request.n} are more than {MAX_N} sequences.", "n")
     prompts = []
     for item in [given] if isinstance(given, str) else given:
         if isinstance(item, str):
-            prompts.append(await model.encode(item, add_special_tokens=request.add_special_tokens))
+            prompts.append(await model.encode_prompt(item, add_special_tokens=request.add_special_tokens))
         elif isinstance(item, list):
             model.check_tokens(item, "prompt")
             prompts.append(item)

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from langchain_vllm_server.detokenizer import Detokenizer
-from langchain_vllm_server.errors import BadRequestError, EngineError
-from langchain_vllm_server.sampling import MAX_N, max_tokens
+from langchain_vllm_server.errors import EngineError
+from langchain_vllm_server.sampling import max_tokens
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
@@ -257,8 +257,6 @@ def start(
         EngineError: The engine has stopped.
     """
     model = service.model
-    if len(prompts) * request.n > MAX_N:
-        raise BadRequestError(f"{len(prompts)} prompts with n={request.n} are more than {MAX_N} sequences.", "n")
     sampling.stop_token_ids = [*request.stop_token_ids, *(() if request.ignore_eos else model.eos_token_ids)]
     default = model.sampling_defaults.get("max_new_tokens")
     requests = []

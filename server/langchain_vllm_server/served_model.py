@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from langchain_vllm_server.chat_template import ChatTemplate
     from langchain_vllm_server.tokenizer import Tokenizer
 
-_LONG_TEXT = 20_000  # characters; encoding more than that takes long enough to be worth a thread
+_LONG_TEXT = 4_000  # characters; encoding more than that takes long enough to be worth a thread
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,10 +56,28 @@ class ServedModel:
         """Token ids of a text; a long one is encoded in a thread. Raises BadRequestError for half a surrogate pair."""
         try:
             if len(text) < _LONG_TEXT:
+                await asyncio.sleep(0)  # of many short texts, too, nobody waits for all
                 return self.tokenizer.encode(text, add_special_tokens)
             return await asyncio.to_thread(self.tokenizer.encode, text, add_special_tokens)
         except ValueError as error:
             raise BadRequestError(str(error), "prompt") from None
+
+    async def encode_prompt(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """`encode` of a text that has to fit into the context.
+
+        Raises:
+            BadRequestError: It cannot fit even if every token were the longest one; encoding it would cost about a
+                hundred times its memory.
+        """
+        limit = self.max_model_len * self.tokenizer.longest_token
+        if len(text) > limit:
+            raise BadRequestError(
+                f"This model's maximum context length is {self.max_model_len} tokens. However, your prompt contains "
+                f"{len(text)} characters (more than {limit} characters, which is the upper bound for that many "
+                "tokens). Please reduce the length of the input prompt.",
+                "input_text",
+            )
+        return await self.encode(text, add_special_tokens=add_special_tokens)
 
     def check_tokens(self, tokens: list[int], param: str) -> None:
         """Raise BadRequestError for an id outside the vocabulary."""

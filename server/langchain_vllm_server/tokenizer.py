@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import orjson
@@ -135,11 +136,13 @@ class Tokenizer:
             ValueError: The text has a lone surrogate, which is no character.
         """
         try:
-            ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+            # Unlike `encode`, this releases the GIL: a long text holds up nobody else.
+            batch = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
         except (TypeError, UnicodeEncodeError):
             raise ValueError(
                 "the text has a lone surrogate (half of a UTF-16 pair), which is not a character"
             ) from None
+        ids: list[int] = batch[0].ids
         return ids
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
@@ -179,6 +182,11 @@ class Tokenizer:
         """Tokens, added ones included."""
         size: int = self._backend.get_vocab_size()
         return size
+
+    @cached_property
+    def longest_token(self) -> int:
+        """Bytes of the longest token as the vocabulary spells it: no token stands for more characters."""
+        return max(len(self.token(i).encode()) for i in range(self.vocab_size))
 
     @property
     def bos_token(self) -> str | None:
@@ -286,7 +294,8 @@ def _converted_by_transformers(folder: Path) -> Tokenizer:
         slow = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         backend = slow.backend_tokenizer
     except Exception as error:  # whatever transformers makes of a tokenizer that it cannot read
-        raise CheckpointError(f"{folder}: transformers cannot convert the tokenizer: {error}") from error
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{folder}: transformers cannot convert the tokenizer: {reason}") from error
     backend.no_truncation()
     backend.no_padding()
     return Tokenizer(backend, {k: str(v) for k, v in slow.special_tokens_map.items() if k in SPECIAL_NAMES})

@@ -246,3 +246,7 @@ def test_today() -> None:
     template = ChatTemplate("{{ strftime_now('%d %B %Y') }}", SPECIAL)
     before, text, after = datetime.now(), template.render([{"role": "user"}]), datetime.now()
     assert text in {day.strftime("%d %B %Y") for day in (before, after)}
+
+
+def test_a_variable_may_have_any_name() -> None:
+    assert ChatTemplate("{{ mood }}", {}).render([{"role": "user"}], self=1, mood="fine") == "fine"

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import asyncio
 import json
+import time
 from typing import Any
 
 import pytest
@@ -122,6 +124,30 @@ async def test_prompt_longer_than_the_context(server: Server) -> None:
         )
         assert (error["param"], error["code"]) == ("input_tokens", 400)
     assert (await server.complete("x" * 255)).json()["choices"][0]["text"] == "H"
+
+
+async def test_text_that_cannot_fit_is_refused_unread(server: Server) -> None:
+    limit = 256 * len("<|endoftext|>")
+    error = (await server.complete("x" * (limit + 1))).json()["error"]
+    assert f"256 tokens. However, your prompt contains {limit + 1} characters (more than {limit}" in error["message"]
+    assert (error["param"], error["code"]) == ("input_text", 400)
+    assert f"{limit} input tokens" in (await server.complete("x" * limit)).json()["error"]["message"]
+
+
+@pytest.mark.parametrize("prompt", ["long words " * 100_000, ["a few words " * 300] * 300])
+async def test_nobody_waits_for_the_encoding_of_a_long_text(prompt: Any) -> None:
+    async with running(max_model_len=2_000_000) as server:
+        server.model.tokenizer.longest_token  # noqa: B018 (told once)
+        begin = time.monotonic()
+        request = asyncio.ensure_future(server.complete(prompt, max_tokens=1, n=1))
+        longest = 0.0
+        while not server.fake.submitted:
+            before = time.monotonic()
+            await asyncio.sleep(0)
+            longest = max(longest, time.monotonic() - before)
+        total = time.monotonic() - begin
+        await request
+        assert longest < total / 3
 
 
 async def test_long_texts_are_encoded_all_the_same() -> None:

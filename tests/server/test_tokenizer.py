@@ -304,6 +304,13 @@ def test_a_bad_folder_is_named(write: Callable[[Path], object], message: str, tm
         Tokenizer.from_folder(tmp_path)
 
 
+def test_what_transformers_cannot_convert_is_told_on_one_line(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(CheckpointError, match=r"^[^\n]*cannot convert the tokenizer[^\n]*$"):
+        Tokenizer.from_folder(tmp_path)
+
+
 def test_a_decoder_that_we_do_not_know_is_named(smollm2: Tokenizer, tmp_path: Path) -> None:
     save_folder(tmp_path, smollm2)
     raw = json.loads((tmp_path / "tokenizer.json").read_text())
