@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from contextlib import ExitStack
+from io import TextIOWrapper
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -82,6 +83,8 @@ def _converse(llm: ChatVLLM, system: str | None) -> None:
 
     beginning: list[BaseMessage] = [SystemMessage(system)] if system else []
     history = list(beginning)
+    if isinstance(sys.stdin, TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")  # a stray byte must not end the conversation
     while (text := _read()) is not None and text != "/exit":
         if text == "/clear":
             history = list(beginning)

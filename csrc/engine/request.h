@@ -40,7 +40,7 @@ struct EngineOptions {
   int32_t max_model_len = 0;  // tokens of prompt and answer; 0: what the cache holds, at most max_position
   int32_t max_position = 0;   // the model's own limit
   int32_t max_num_seqs = 256;
-  int32_t max_num_batched_tokens = 2048;
+  int32_t max_num_batched_tokens = 512;
   Format kv_format = Format::F16;
   std::string weight_format;  // "" keeps each tensor's own; F32, F16 or BF16 converts the plain-float ones
   bool enable_prefix_caching = true;

@@ -22,7 +22,7 @@ namespace engine {
 struct SchedulerOptions {
   int32_t num_blocks = 0;
   int32_t max_num_seqs = 256;
-  int32_t max_num_batched_tokens = 2048;
+  int32_t max_num_batched_tokens = 512;
   bool enable_prefix_caching = true;
 };
 

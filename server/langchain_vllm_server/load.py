@@ -114,7 +114,10 @@ def sampling_defaults(settings: Settings, generation_config: dict[str, Any]) -> 
         except (OSError, msgspec.MsgspecError) as error:
             raise CheckpointError(f"--generation-config: {path}: {error}") from None
     override = settings.override_generation_config or {}
-    return {**model_defaults(generation_config, source), **model_defaults(override, "--override-generation-config")}
+    overriding = model_defaults(override, "--override-generation-config")
+    if unknown := sorted(override.keys() - overriding.keys()):
+        raise CheckpointError(f"--override-generation-config: {', '.join(unknown)}: no sampling default of that name")
+    return {**model_defaults(generation_config, source), **overriding}
 
 
 def _other_tokenizer(name: str, settings: Settings) -> Tokenizer:

@@ -54,6 +54,10 @@ class Sampling:
     stop_token_ids: list[int] = field(default_factory=list)
 
 
+MAX_ENTRIES = {"stop": 64, "stop_token_ids": 1024, "logit_bias": 1024}
+"""What every token of every sequence is compared with, so one request must not bring any amount of it."""
+
+
 def check_ranges(request: GenerationRequest) -> None:
     """Raise BadRequestError for the first field out of its range."""
     for name, valid, rule in _RANGES:
@@ -62,6 +66,13 @@ def check_ranges(request: GenerationRequest) -> None:
             raise BadRequestError(f"{name} {rule}, got {value}.", name)
     if any(not stop for stop in request.stop_strings) or request.stop == "":
         raise BadRequestError("stop cannot contain an empty string.", "stop")
+    for name, entries in (
+        ("stop", request.stop_strings),
+        ("stop_token_ids", request.stop_token_ids),
+        ("logit_bias", request.logit_bias or {}),
+    ):
+        if len(entries) > MAX_ENTRIES[name]:
+            raise BadRequestError(f"{name} must have at most {MAX_ENTRIES[name]} entries, got {len(entries)}.", name)
     if request.stream_options is not None and not request.stream:
         raise BadRequestError("Stream options can only be defined when `stream=True`.", "stream_options")
 

@@ -65,7 +65,7 @@ class Settings:
     device: str = "auto"
     max_model_len: int = 0  # tokens
     max_num_seqs: int = 256
-    max_num_batched_tokens: int = 2048
+    max_num_batched_tokens: int = 512
     enable_prefix_caching: bool = True
     threads: int = 0
     memory: int = 0  # bytes, for weights, cache and activations
@@ -158,7 +158,10 @@ def _add_engine(group: argparse._ArgumentGroup) -> None:
         "--max-num-seqs", type=_integer(1), default=256, help="sequences that run at the same time, default 256"
     )
     group.add_argument(
-        "--max-num-batched-tokens", type=_integer(1), default=2048, help="tokens of one step, default 2048"
+        "--max-num-batched-tokens",
+        type=_integer(1),
+        default=512,
+        help="tokens of one step, default 512: on a CPU a larger step makes others wait and gains nothing",
     )
     group.add_argument(
         "--enable-prefix-caching",

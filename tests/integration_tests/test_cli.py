@@ -37,6 +37,13 @@ def test_chat_starts_a_server_and_takes_piped_lines() -> None:
     assert run.stderr == ""
 
 
+def test_chat_survives_a_stray_byte(server: VLLMServer) -> None:
+    command = [*COMMAND, "chat", "--base-url", server.base_url, MODEL, "--temperature", "0", "--max-tokens", "4"]
+    run = subprocess.run(command, input=b"caf\xe9\nHello\n", capture_output=True, timeout=120)
+    assert (run.returncode, run.stderr) == (0, b"")
+    assert len(run.stdout.splitlines()) >= 2
+
+
 def aborted_requests(server: VLLMServer) -> float:
     with urlopen(server.base_url.replace("/v1", "/metrics")) as answer:
         text = answer.read().decode()

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from langchain_vllm_server.load import engine_options
+from langchain_vllm_server.errors import CheckpointError
+from langchain_vllm_server.load import engine_options, sampling_defaults
 from langchain_vllm_server.settings import parse_settings
 
 
@@ -26,3 +27,9 @@ def test_number_formats(flags: list[str], weights: str, cache: str) -> None:
     checkpoint: Any = SimpleNamespace(max_position=100)
     options = engine_options(parse_settings(["model", *flags]), checkpoint)
     assert (options.weight_format, options.kv_format) == (weights, cache)
+
+
+def test_an_override_of_nothing_is_an_error() -> None:
+    settings = parse_settings(["model", "--override-generation-config", '{"temperature": 0.5, "warmth": 1}'])
+    with pytest.raises(CheckpointError, match="warmth"):
+        sampling_defaults(settings, {})
