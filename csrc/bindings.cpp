@@ -124,6 +124,7 @@ void bind_requests(nb::module_& m) {
           "kv_format", [](const EngineOptions& o) { return format_name(o.kv_format); },
           [](EngineOptions& o, const std::string& name) { o.kv_format = parse_format(name); })
       .def_rw("weight_format", &EngineOptions::weight_format)
+      .def_rw("exact", &EngineOptions::exact)
       .def_rw("enable_prefix_caching", &EngineOptions::enable_prefix_caching);
 
   nb::class_<SamplingParams>(m, "SamplingParams")

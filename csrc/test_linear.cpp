@@ -66,7 +66,7 @@ auto quantize_plain(const std::string& name, Vector values) {
 class Linear {
  public:
   Linear(const std::string& isa, int threads, const std::vector<Source>& sources,
-         const std::vector<float>& bias)
+         const std::vector<float>& bias, bool exact)
       : kernels_(kernels_named(isa)), pool_(threads) {
     std::vector<Tensor> tensors;
     for (const auto& [format, rows, cols, data] : sources) {
@@ -75,7 +75,7 @@ class Linear {
       check(data.size() == static_cast<size_t>(rows) * row_bytes(tensors.back().format, cols),
             "wrong data size");
     }
-    weight_ = pack_weight(pool_, tensors, bias);
+    weight_ = pack_weight(pool_, tensors, bias, exact ? Arithmetic::EXACT : Arithmetic::INT8);
   }
 
   size_t bytes() const { return weight_->bytes(); }
@@ -86,7 +86,7 @@ class Linear {
     check(x.shape(1) == static_cast<size_t>(weight_->cols), "x has other columns than the weight");
     constexpr float guard = 12345.0f;
     std::vector<float> y(n * rows + kLanes, guard);
-    linear(kernels_, pool_, *weight_, x.data(), y.data(), static_cast<int>(n));
+    linear(kernels_, pool_, *weight_, x.data(), y.data(), static_cast<int>(n), scratch_);
     for (size_t i = n * rows; i < y.size(); ++i) check(y[i] == guard, "linear wrote behind y");
     return array(std::move(y), {n, rows});
   }
@@ -102,6 +102,7 @@ class Linear {
   const Kernels& kernels_;
   ThreadPool pool_;
   std::unique_ptr<Weight> weight_;
+  QuantisedRows scratch_;
 };
 
 using Clock = std::chrono::steady_clock;
@@ -121,7 +122,7 @@ std::vector<std::byte> random_rows(Format format, int64_t rows, int64_t cols) {
 // (GMAC/s, GB/s of weights) over as many copies of the weight as no cache holds, as the layers of a model
 // are.
 std::pair<double, double> bench_linear(const std::string& isa, const std::string& format, int64_t rows,
-                                       int64_t cols, int n, int threads, double seconds) {
+                                       int64_t cols, int n, int threads, double seconds, bool exact) {
   constexpr size_t kUncached = size_t{96} << 20;
   ThreadPool pool(threads);
   const Kernels& kernels = kernels_named(isa);
@@ -129,12 +130,14 @@ std::pair<double, double> bench_linear(const std::string& isa, const std::string
   const Tensor source{"", format_named(format), rows, cols, data.data()};
   std::vector<std::unique_ptr<Weight>> weights;
   for (size_t i = 0; i <= kUncached / data.size(); ++i)
-    weights.push_back(pack_weight(pool, {&source, 1}, {}));
+    weights.push_back(pack_weight(pool, {&source, 1}, {}, exact ? Arithmetic::EXACT : Arithmetic::INT8));
   std::vector<float> x(static_cast<size_t>(n * cols), 1.0f), y(static_cast<size_t>(n * rows));
+  QuantisedRows scratch;
   int calls = 0;
   const auto start = Clock::now();
   while (seconds_since(start) < seconds) {
-    linear(kernels, pool, *weights[static_cast<size_t>(calls++) % weights.size()], x.data(), y.data(), n);
+    linear(kernels, pool, *weights[static_cast<size_t>(calls++) % weights.size()], x.data(), y.data(), n,
+           scratch);
   }
   const double per_second = calls / seconds_since(start);
   return {per_second * static_cast<double>(rows * cols * n) * 1e-9,
@@ -147,7 +150,7 @@ double bench_pack(const std::string& format, int64_t rows, int64_t cols, int thr
   const std::vector<std::byte> data = random_rows(format_named(format), rows, cols);
   const Tensor source{"", format_named(format), rows, cols, data.data()};
   const auto start = Clock::now();
-  const auto weight = pack_weight(pool, {&source, 1}, {});
+  const auto weight = pack_weight(pool, {&source, 1}, {}, Arithmetic::EXACT);
   return static_cast<double>(data.size()) * 1e-9 / seconds_since(start);
 }
 
@@ -173,12 +176,12 @@ void bind_linear(nb::module_& m) {
   m.def("dequantize", &dequantize, "format"_a, "data"_a, "cols"_a);
   m.def("quantize_plain", &quantize_plain, "format"_a, "values"_a);
   m.def("bench_linear", &bench_linear, "isa"_a, "format"_a, "rows"_a, "cols"_a, "n"_a, "threads"_a,
-        "seconds"_a, nb::call_guard<nb::gil_scoped_release>());
+        "seconds"_a, "exact"_a, nb::call_guard<nb::gil_scoped_release>());
   m.def("bench_pack", &bench_pack, "format"_a, "rows"_a, "cols"_a, "threads"_a,
         nb::call_guard<nb::gil_scoped_release>());
   nb::class_<Linear>(m, "Linear")
-      .def(nb::init<const std::string&, int, const std::vector<Source>&, const std::vector<float>&>(),
-           "isa"_a, "threads"_a, "sources"_a, "bias"_a = std::vector<float>())
+      .def(nb::init<const std::string&, int, const std::vector<Source>&, const std::vector<float>&, bool>(),
+           "isa"_a, "threads"_a, "sources"_a, "bias"_a = std::vector<float>(), "exact"_a = true)
       .def_prop_ro("bytes", &Linear::bytes)
       .def("multiply", &Linear::multiply, "x"_a)
       .def("embed", &Linear::embed_tokens, "tokens"_a);

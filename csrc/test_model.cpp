@@ -44,8 +44,9 @@ Batch batch_of(const std::vector<Run>& runs) {
 class Model {
  public:
   Model(const ModelConfig& config, const TensorIndex& tensors, const std::string& weight_format,
-        const std::string& kv_format, int num_threads, int num_blocks, int max_tokens)
-      : config_(config), device_(make_device("cpu", num_threads)) {
+        const std::string& kv_format, int num_threads, int num_blocks, int max_tokens, bool exact)
+      : config_(config),
+        device_(make_device("cpu", num_threads, exact ? Arithmetic::EXACT : Arithmetic::INT8)) {
     Loading loading;
     transformer_ =
         std::make_unique<Transformer>(config, load_weights(config, tensors, weight_format, *device_, loading),
@@ -85,8 +86,9 @@ NB_MODULE(_model_test, m) {
       nb::arg("tokens"), nb::arg("num_computed"), nb::arg("blocks"));
   nb::class_<Model>(m, "Model")
       .def(nb::init<const ModelConfig&, const TensorIndex&, const std::string&, const std::string&, int, int,
-                    int>(),
+                    int, bool>(),
            nb::arg("config"), nb::arg("tensors"), nb::arg("weight_format") = "", nb::arg("kv_format") = "F32",
-           nb::arg("num_threads") = 2, nb::arg("num_blocks") = 64, nb::arg("max_tokens") = 512)
+           nb::arg("num_threads") = 2, nb::arg("num_blocks") = 64, nb::arg("max_tokens") = 512,
+           nb::arg("exact") = true)
       .def("forward", &Model::forward, nb::arg("runs"));
 }

@@ -120,7 +120,7 @@ class AttentionFixture {
   AttentionFixture(const std::string& isa, int num_threads, nb::dict config, const std::string& format,
                    int num_blocks)
       : config_(make_config(std::move(config))),
-        device_(kernels_named(isa), num_threads),
+        device_(kernels_named(isa), num_threads, Arithmetic::EXACT),
         cache_(device_.kv_alloc(config_, format_named(format), num_blocks)) {}
 
   // Every byte of a block, in all layers.
@@ -243,8 +243,10 @@ void run_in_task(int num_threads) {
 
 void bind_device(nb::module_& m) {
   nb::class_<CpuDevice>(m, "CpuDevice")
-      .def("__init__", [](CpuDevice* self, const std::string& isa,
-                          int num_threads) { new (self) CpuDevice(kernels_named(isa), num_threads); })
+      .def("__init__",
+           [](CpuDevice* self, const std::string& isa, int num_threads) {
+             new (self) CpuDevice(kernels_named(isa), num_threads, Arithmetic::EXACT);
+           })
       .def_prop_ro("name", &CpuDevice::name)
       .def("memory_available", &CpuDevice::memory_available)
       .def("norm", norm, "kind"_a, "eps"_a, "weight"_a, "bias"_a.none(), "x"_a, "out"_a)
@@ -289,7 +291,8 @@ void bind_ops(nb::module_& m) {
   m.def("max", [](const std::string& isa, Vector x) {
     return kernels_named(isa).pointwise->max(x.data(), x.size());
   });
-  m.def("make_device", [](const std::string& kind) { return make_device(kind, 1)->name(); });
+  m.def("make_device",
+        [](const std::string& kind) { return make_device(kind, 1, Arithmetic::EXACT)->name(); });
   m.def("random_uniform", &random_uniform);
   m.def("count_tasks", &count_tasks);
   m.def("throw_in_task", &throw_in_task);

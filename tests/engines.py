@@ -85,6 +85,7 @@ def running_engine(path: Path, **options: Any) -> Iterator[Client]:
     engine_options = _engine.EngineOptions()
     engine_options.max_position = checkpoint.max_position
     engine_options.kv_format = "F32"
+    engine_options.exact = True
     for name, value in options.items():
         assert hasattr(engine_options, name), name
         setattr(engine_options, name, value)

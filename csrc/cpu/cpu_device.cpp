@@ -82,8 +82,12 @@ size_t cgroups_available() {
 
 }  // namespace
 
-CpuDevice::CpuDevice(const Kernels& kernels, int num_threads)
-    : kernels_(kernels), pool_(num_threads), attention_(kernels_, pool_), sampler_(kernels_, pool_) {}
+CpuDevice::CpuDevice(const Kernels& kernels, int num_threads, Arithmetic arithmetic)
+    : kernels_(kernels),
+      arithmetic_(arithmetic),
+      pool_(num_threads),
+      attention_(kernels_, pool_),
+      sampler_(kernels_, pool_) {}
 
 std::string CpuDevice::name() const {
   return "cpu (" + std::string(kernels_.name) + ", " + std::to_string(pool_.size()) +
@@ -106,7 +110,7 @@ size_t CpuDevice::memory_available() const {
 }
 
 std::unique_ptr<Weight> CpuDevice::pack(std::span<const Tensor> sources, std::span<const float> bias) {
-  return pack_weight(pool_, sources, bias);
+  return pack_weight(pool_, sources, bias, arithmetic_);
 }
 
 std::unique_ptr<Buffer> CpuDevice::upload(std::span<const float> host) {
@@ -163,7 +167,7 @@ void CpuDevice::add_norm(Norm kind, float eps, const float* weight, const float*
 }
 
 void CpuDevice::linear(const Weight& weight, const float* x, float* y, int n) {
-  engine::linear(kernels_, pool_, weight, x, y, n);
+  engine::linear(kernels_, pool_, weight, x, y, n, quantised_);
 }
 
 void CpuDevice::rope_store_kv(const ModelConfig& config, int layer, const Batch& batch, float* qkv,

@@ -7,6 +7,7 @@
 
 #include "cpu/attention.h"
 #include "cpu/kernels.h"
+#include "cpu/linear.h"
 #include "cpu/sample.h"
 #include "cpu/thread_pool.h"
 #include "device/device.h"
@@ -16,7 +17,7 @@ namespace engine {
 class CpuDevice : public Device {
  public:
   // num_threads 0: one per core that this process may run on.
-  CpuDevice(const Kernels& kernels, int num_threads);
+  CpuDevice(const Kernels& kernels, int num_threads, Arithmetic arithmetic);
 
   std::string name() const override;
 
@@ -49,7 +50,9 @@ class CpuDevice : public Device {
   void for_rows(int n, int size, F&& rows);
 
   const Kernels& kernels_;
+  Arithmetic arithmetic_;
   ThreadPool pool_;
+  QuantisedRows quantised_;  // what linear() multiplies
   Attention attention_;
   Sampler sampler_;
 };

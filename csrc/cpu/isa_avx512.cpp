@@ -1,4 +1,4 @@
-#include "cpu/vec_avx512.h"
+#include "cpu/dot_avx512.h"
 
 #include "cpu/attention.inl"
 #include "cpu/linear.inl"

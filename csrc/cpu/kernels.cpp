@@ -28,11 +28,11 @@ bool saves(uint64_t mask) {
   return (saved_state() & mask) == mask;
 }
 
-// Bits of CPUID leaf 1 (ECX) and leaf 7 (EBX); Intel SDM volume 2A, CPUID.
-bool has_features(unsigned leaf1_ecx, unsigned leaf7_ebx) {
-  unsigned a, b, c, d, extended;
-  if (!__get_cpuid(1, &a, &b, &c, &d) || !__get_cpuid_count(7, 0, &a, &extended, &b, &d)) return false;
-  return (c & leaf1_ecx) == leaf1_ecx && (extended & leaf7_ebx) == leaf7_ebx;
+// Bits of CPUID leaf 1 (ECX) and leaf 7 (EBX and ECX); Intel SDM volume 2A, CPUID.
+bool has_features(unsigned leaf1_ecx, unsigned leaf7_ebx, unsigned leaf7_ecx = 0) {
+  unsigned a, b, c, d, b7, c7;
+  if (!__get_cpuid(1, &a, &b, &c, &d) || !__get_cpuid_count(7, 0, &a, &b7, &c7, &d)) return false;
+  return (c & leaf1_ecx) == leaf1_ecx && (b7 & leaf7_ebx) == leaf7_ebx && (c7 & leaf7_ecx) == leaf7_ecx;
 }
 
 bool runs_avx2() {
@@ -47,6 +47,11 @@ bool runs_avx512() {
   return runs_avx2() && has_features(0, f_dq_bw_vl) && saves(opmask_zmm);
 }
 
+bool runs_avx512vnni() {
+  constexpr unsigned vnni = 1u << 11;
+  return runs_avx512() && has_features(0, 0, vnni);
+}
+
 #endif
 
 }  // namespace
@@ -54,6 +59,7 @@ bool runs_avx512() {
 std::vector<const Kernels*> supported_kernels() {
   std::vector<const Kernels*> supported;
 #if defined(ENGINE_X86)
+  if (runs_avx512vnni()) supported.push_back(&kAvx512VnniKernels);
   if (runs_avx512()) supported.push_back(&kAvx512Kernels);
   if (runs_avx2()) supported.push_back(&kAvx2Kernels);
 #endif

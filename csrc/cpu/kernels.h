@@ -20,7 +20,7 @@ struct AttentionKernels;  // attention.h
 struct PointwiseKernels;  // pointwise.h
 
 struct Kernels {
-  const char* name;  // "scalar", "avx2", "avx512"
+  const char* name;  // "scalar", "avx2", "avx512", "avx512vnni"
   const LinearKernels* linear;
   const AttentionKernels* attention;
   const PointwiseKernels* pointwise;
@@ -36,5 +36,6 @@ const Kernels& select_kernels();
 extern const Kernels kScalarKernels;
 extern const Kernels kAvx2Kernels;
 extern const Kernels kAvx512Kernels;
+extern const Kernels kAvx512VnniKernels;
 
 }  // namespace engine

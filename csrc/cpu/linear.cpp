@@ -10,7 +10,7 @@ namespace {
 
 // Rows that one task multiplies: enough to pay for expanding the weights, few enough that their activations
 // and sums stay in the second-level cache.
-constexpr int kTaskRows = 192;
+constexpr int kTaskTiles = 192 / kRowTile;
 constexpr int kExpandCols = 128;  // columns that embed() expands at a time
 
 int64_t ceil_div(int64_t a, int64_t b) {
@@ -44,32 +44,58 @@ LinearTask panels_of(const PackedWeight& weight, const Segment& segment, int64_t
   return task;
 }
 
-// Rows [first_row, last_row) of y in the channels of panels [first, last), which may lie in several segments.
-void multiply(const Kernels& kernels, const PackedWeight& weight, int64_t first, int64_t last, const float* x,
-              float* y, int first_row, int last_row) {
+// What is multiplied, in both forms.
+struct Input {
+  const float* x;                   // (n, cols)
+  const QuantisedGroup* quantised;  // (row tiles, cols / 32, kRowTile); null where no weight takes it
+  int n;
+};
+
+// Row tiles [first_tile, last_tile) of y in the channels of panels [first, last), which may lie in several
+// segments.
+void multiply(const Kernels& kernels, const PackedWeight& weight, int64_t first, int64_t last,
+              const Input& in, float* y, int first_tile, int last_tile) {
+  const int first_row = first_tile * kRowTile, last_row = std::min(last_tile * kRowTile, in.n);
   for (const Segment& s : weight.segments) {
     const int64_t begin = std::max<int64_t>(first - s.first_panel, 0);
     const int64_t end = std::min(last - s.first_panel, s.num_panels);
     if (begin >= end) continue;
     LinearTask task = panels_of(weight, s, begin, end);
-    task.x = x + first_row * weight.cols;
+    task.x = in.x + first_row * weight.cols;
+    if (s.arithmetic == Arithmetic::INT8) task.quantised = in.quantised + first_row * (weight.cols / 32);
     task.y = y + first_row * weight.rows + s.first_row + begin * kLanes;
     task.num_rows = last_row - first_row;
     kernels.linear->multiply(task);
   }
 }
 
+// Null where every segment is multiplied exactly.
+const QuantisedGroup* quantise(const Kernels& kernels, ThreadPool& pool, const PackedWeight& weight,
+                               const float* x, int n, QuantisedRows& out) {
+  if (!weight.takes_int8()) return nullptr;
+  const int64_t tiles = ceil_div(n, kRowTile), tile_groups = weight.cols / 32 * kRowTile;
+  if (out.size() < static_cast<size_t>(tiles * tile_groups)) out.resize(tiles * tile_groups);
+  pool.run(static_cast<int>(tiles), [&](int tile, int) {
+    const int row = tile * kRowTile;
+    kernels.linear->quantise(x + row * weight.cols, weight.cols, std::min(kRowTile, n - row),
+                             out.data() + tile * tile_groups);
+  });
+  return out.data();
+}
+
 }  // namespace
 
-void linear(const Kernels& kernels, ThreadPool& pool, const Weight& weight, const float* x, float* y, int n) {
+void linear(const Kernels& kernels, ThreadPool& pool, const Weight& weight, const float* x, float* y, int n,
+            QuantisedRows& scratch) {
   const auto& packed = static_cast<const PackedWeight&>(weight);
+  const Input in{x, quantise(kernels, pool, packed, x, n, scratch), n};
   const Division panels(packed.num_panels, pool.size());
-  const int row_runs = static_cast<int>(ceil_div(n, kTaskRows));
-  pool.run(static_cast<int>(panels.num_runs) * row_runs, [&](int task, int) {
+  const int64_t tiles = ceil_div(n, kRowTile), row_runs = ceil_div(tiles, kTaskTiles);
+  pool.run(static_cast<int>(panels.num_runs * row_runs), [&](int task, int) {
     const int64_t run = task % panels.num_runs, row_run = task / panels.num_runs;
-    const int first_row = static_cast<int>(row_run * n / row_runs);
-    const int last_row = static_cast<int>((row_run + 1) * n / row_runs);
-    multiply(kernels, packed, panels.first(run), panels.first(run + 1), x, y, first_row, last_row);
+    const int first_tile = static_cast<int>(row_run * tiles / row_runs);
+    const int last_tile = static_cast<int>((row_run + 1) * tiles / row_runs);
+    multiply(kernels, packed, panels.first(run), panels.first(run + 1), in, y, first_tile, last_tile);
   });
 }
 

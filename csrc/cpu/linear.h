@@ -1,14 +1,17 @@
-// y = x · Wᵀ + bias with weights that stay in their stored format: packed once into panels (panel.h),
-// expanded to exactly the numbers of dequantize_row() while they are multiplied.
+// y = x · Wᵀ + bias with weights that stay in their stored format, packed once into panels (panel.h).
 //
-// Every output is one chain of multiply-adds over the columns in order, starting at the bias. So it depends
-// neither on the number of rows or threads, nor on whether AVX2 or AVX-512 runs it.
+// Exactly: expanded to the numbers of dequantize_row() while they are multiplied; every output is one chain
+// of multiply-adds over the columns in order, starting at the bias. Or in integers, for quantised weights:
+// activations become bytes, 32 columns sharing a scale, and every output is a chain over those groups in
+// order. Either way it depends neither on the number of rows or threads, nor on whether AVX2 or AVX-512 runs
+// it.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 #include <memory>
 #include <span>
+#include <vector>
 
 #include "base/tensor.h"
 #include "cpu/kernels.h"
@@ -16,6 +19,22 @@
 #include "device/device.h"
 
 namespace engine {
+
+inline constexpr int kRowTile = 12;  // rows whose quantised groups lie together
+
+// 32 columns of one row of activations: x ≈ scale · q with q = -127 … 127, the largest of them ±127. A cache
+// line, with all that a multiply needs of them.
+struct alignas(64) QuantisedGroup {
+  int8_t q[32];
+  float scale;
+  float sum;                             // scale · Σq, for weights with an offset
+  int32_t minus_8, minus_16, minus_128;  // so many times Σq, for weights with a zero point
+  int32_t minus_32[2];                   // of columns 0 … 15 and 16 … 31
+};
+static_assert(sizeof(QuantisedGroup) == 64);
+
+// Where linear() puts quantised activations, (row tiles, cols / 32, kRowTile); it grows to the largest need.
+using QuantisedRows = std::vector<QuantisedGroup>;
 
 // One thread's share: a run of panels times a run of rows.
 struct LinearTask {
@@ -25,8 +44,9 @@ struct LinearTask {
   int num_panels;    // at most kTaskPanels
   int num_channels;  // of the panels' 16 · num_panels that exist
   int64_t cols;
-  const float* bias;  // (num_channels) or null
-  const float* x;     // (num_rows, cols)
+  const float* bias;                // (num_channels) or null
+  const float* x;                   // (num_rows, cols)
+  const QuantisedGroup* quantised;  // x as (row tiles, cols / 32, kRowTile), or null: multiply exactly
   int num_rows;
   float* y;  // (num_rows, num_channels), rows y_stride apart
   int64_t y_stride;
@@ -39,15 +59,18 @@ struct LinearKernels {
   // out (end - begin, 16): columns begin to end of one panel, as floats. Both ends are multiples of 32, or of
   // 1 for plain floats.
   void (*expand)(Format format, const std::byte* panel, int64_t begin, int64_t end, float* out);
+  // x (rows, cols) to out (cols / 32, kRowTile); at most kRowTile rows, cols a multiple of 32.
+  void (*quantise)(const float* x, int64_t cols, int rows, QuantisedGroup* out);
 };
 
 // The sources stacked by rows, each in its own format. They agree in `cols`; `bias` has one number per row or
-// is empty.
+// is empty. `arithmetic` says how quantised ones are multiplied.
 std::unique_ptr<Weight> pack_weight(ThreadPool& pool, std::span<const Tensor> sources,
-                                    std::span<const float> bias);
+                                    std::span<const float> bias, Arithmetic arithmetic);
 
 // y (n, weight.rows) = x (n, weight.cols) · weightᵀ + bias.
-void linear(const Kernels& kernels, ThreadPool& pool, const Weight& weight, const float* x, float* y, int n);
+void linear(const Kernels& kernels, ThreadPool& pool, const Weight& weight, const float* x, float* y, int n,
+            QuantisedRows& scratch);
 
 // out (tokens.size(), table.cols): rows of `table`, bit for bit as dequantize_row() gives them, without the
 // bias.

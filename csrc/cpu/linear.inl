@@ -1,82 +1,15 @@
 // The multiply of one LinearTask, over F32x16: a chunk of columns is expanded into floats that stay in the
 // first-level cache, and one f32 kernel runs over them, whatever the format. Plain floats need not be
-// expanded. Included by isa_*.cpp after a vec_*.h.
+// expanded. Included by isa_*.cpp after a vec_*.h. Integers take linear_int8.inl.
 
 #include "cpu/linear.h"
-#include "cpu/panel.h"
+#include "cpu/linear_int8.inl"
+#include "cpu/panel.inl"
 
 namespace engine {
 namespace {
 
 constexpr int kChunk = 128;  // columns expanded at a time: 4 panels take 32 KiB
-
-// Four columns' unsigned quants, number `four` of a group, as the bytes of each channel's lane.
-inline I32x16 nibbles(const uint32_t (*q)[16], int four) {
-  return shift_right(load_i32(q[four / 2]), four % 2 * 4) & 0x0f0f0f0f;
-}
-inline I32x16 fifth_bits(const uint32_t (&high)[16], int four) {
-  return shift_left(shift_right(load_i32(high), four) & 0x01010101, 4);
-}
-inline I32x16 quants(const Panel<BlockQ8_0>& p, int, int four) {
-  return load_i32(p.q[four]);
-}
-inline I32x16 quants(const Panel<BlockQ4_0>& p, int, int four) {
-  return nibbles(p.q, four);
-}
-inline I32x16 quants(const Panel<BlockQ4_1>& p, int, int four) {
-  return nibbles(p.q, four);
-}
-inline I32x16 quants(const Panel<BlockQ5_0>& p, int, int four) {
-  return nibbles(p.q, four) | fifth_bits(p.high, four);
-}
-inline I32x16 quants(const Panel<BlockQ5_1>& p, int, int four) {
-  return nibbles(p.q, four) | fifth_bits(p.high, four);
-}
-inline I32x16 quants(const Panel<BlockQ4_K>& p, int group, int four) {
-  return nibbles(p.q[group], four);
-}
-inline I32x16 quants(const Panel<BlockQ5_K>& p, int group, int four) {
-  return nibbles(p.groups[group].q, four) | fifth_bits(p.groups[group].high, four);
-}
-inline I32x16 quants(const Panel<BlockQ6_K>& p, int group, int four) {
-  const I32x16 upper = shift_right(load_i32(p.groups[group].high), 2 * four) & 0x03030303;
-  return nibbles(p.groups[group].q, four) | shift_left(upper, 4);
-}
-
-template <class Block>
-inline F32x16 scale(const Panel<Block>& p, int) {
-  return load_f16(p.d);
-}
-inline F32x16 scale(const Panel<BlockQ4_K>& p, int group) {
-  return load_f16(p.d) * to_float(load_u8(p.scales[group]));
-}
-inline F32x16 scale(const Panel<BlockQ5_K>& p, int group) {
-  return load_f16(p.d) * to_float(load_u8(p.scales[group]));
-}
-inline F32x16 scale(const Panel<BlockQ6_K>& p, int group) {
-  return load_f16(p.d) * to_float(load_i8(p.scales[group]));
-}
-
-template <class Block>
-inline F32x16 offset(const Panel<Block>&, int) {
-  return broadcast(-0.0f);  // the one number whose addition changes nothing, not even a zero's sign
-}
-inline F32x16 offset(const Panel<BlockQ4_1>& p, int) {
-  return load_f16(p.m);
-}
-inline F32x16 offset(const Panel<BlockQ5_1>& p, int) {
-  return load_f16(p.m);
-}
-template <class Block>
-inline F32x16 minus_min(const Panel<Block>& p, int group) {
-  return load_f16(p.dmin) * to_float(load_u8(p.mins[group])) * broadcast(-1);
-}
-inline F32x16 offset(const Panel<BlockQ4_K>& p, int group) {
-  return minus_min(p, group);
-}
-inline F32x16 offset(const Panel<BlockQ5_K>& p, int group) {
-  return minus_min(p, group);
-}
 
 // A product of a quant and its scale is exact (at most 24 bits), so one rounding remains, that of the offset,
 // and the result is dequantize_row()'s with and without fused multiply-add.
@@ -148,13 +81,6 @@ struct Tile {
   int depth;
 };
 
-inline F32x16 load_channels(const float* y, int count) {
-  return count < 16 ? load_first(y, count) : load(y);
-}
-inline void store_channels(float* y, F32x16 sum, int count) {
-  count < 16 ? store_first(y, sum, count) : store(y, sum);
-}
-
 // y += x · wᵀ for P panels and R rows, whose sums stay in registers.
 template <class Read, int P, int R>
 void multiply_tile(const Tile& t) {
@@ -200,10 +126,6 @@ constexpr const TileFunction* kTiles[kTaskPanels] = {kTilesOf<Read, 1>, kTilesOf
                                                      kTilesOf<Read, 4>};
 
 constexpr int kTileRows = kTileSums < kMaxRows ? kTileSums : kMaxRows;
-
-inline int min_int(int a, int b) {
-  return a < b ? a : b;
-}
 
 // All panels of a task for up to kTileRows rows, as many panels at a time as the registers hold.
 template <class Read>
@@ -258,13 +180,14 @@ void multiply(const LinearTask& t) {
   }
   // With few rows a conversion is cheaper on the way, again for each tile, than in advance.
   const bool convert_on_the_way = t.num_rows <= 2 * kTileRows;
+  if (t.quantised) return multiply_int8(t);
   if (t.format == Format::F32) return multiply_in_place<ReadF32>(t);
   if (t.format == Format::F16 && convert_on_the_way) return multiply_in_place<ReadF16>(t);
   if (t.format == Format::BF16 && convert_on_the_way) return multiply_in_place<ReadBF16>(t);
   multiply_expanded(t);
 }
 
-constexpr LinearKernels kLinear = {multiply, expand};
+constexpr LinearKernels kLinear = {multiply, expand, quantise};
 
 }  // namespace
 }  // namespace engine

@@ -149,8 +149,9 @@ std::byte* allocate(size_t bytes) {
   return static_cast<std::byte*>(memory);
 }
 
-Segment next_segment(const PackedWeight& weight, const Tensor& source) {
+Segment next_segment(const PackedWeight& weight, const Tensor& source, Arithmetic arithmetic) {
   return {source.format,
+          block_size(source.format) == 1 ? Arithmetic::EXACT : arithmetic,
           weight.rows,
           source.rows,
           weight.num_panels,
@@ -170,13 +171,13 @@ size_t panel_bytes(Format format, int64_t cols) {
 }
 
 std::unique_ptr<Weight> pack_weight(ThreadPool& pool, std::span<const Tensor> sources,
-                                    std::span<const float> bias) {
+                                    std::span<const float> bias, Arithmetic arithmetic) {
   check(!sources.empty(), "a weight needs a source");
   auto weight = std::make_unique<PackedWeight>();
   weight->cols = sources[0].cols;
   for (const Tensor& source : sources) {
     check(source.cols == weight->cols, "stacked sources differ in columns");
-    const Segment& s = weight->segments.emplace_back(next_segment(*weight, source));
+    const Segment& s = weight->segments.emplace_back(next_segment(*weight, source, arithmetic));
     weight->rows += s.rows;
     weight->num_panels += s.num_panels;
     weight->num_bytes += static_cast<size_t>(s.num_panels) * s.panel_bytes;

@@ -1,6 +1,7 @@
 // What Device::pack makes: a matrix as panels (panel.h), ready to be multiplied by linear().
 #pragma once
 
+#include <algorithm>
 #include <cstdlib>
 #include <memory>
 #include <vector>
@@ -15,7 +16,8 @@ size_t panel_bytes(Format format, int64_t cols);
 // The rows of one source tensor, cut into panels of 16; the last panel is filled up with zeros.
 struct Segment {
   Format format;
-  int64_t first_row;  // in the whole weight
+  Arithmetic arithmetic;  // EXACT for plain floats
+  int64_t first_row;      // in the whole weight
   int64_t rows;
   int64_t first_panel;  // in the whole weight
   int64_t num_panels;
@@ -28,6 +30,11 @@ class PackedWeight : public Weight {
   size_t bytes() const override { return num_bytes + bias.size() * sizeof(float); }
   const std::byte* panel(const Segment& segment, int64_t index) const {
     return panels.get() + segment.start + static_cast<size_t>(index) * segment.panel_bytes;
+  }
+
+  bool takes_int8() const {
+    return std::any_of(segments.begin(), segments.end(),
+                       [](const Segment& s) { return s.arithmetic == Arithmetic::INT8; });
   }
 
   struct Free {

@@ -126,6 +126,40 @@ inline I32x16 load_i32(const void* p) {
   const auto* q = static_cast<const __m256i*>(p);
   return {_mm256_loadu_si256(q), _mm256_loadu_si256(q + 1)};
 }
+inline void store_i32(void* p, I32x16 a) {
+  auto* q = static_cast<__m256i*>(p);
+  _mm256_storeu_si256(q, a.lo);
+  _mm256_storeu_si256(q + 1, a.hi);
+}
+inline I32x16 zero_i32() {
+  return {_mm256_setzero_si256(), _mm256_setzero_si256()};
+}
+inline I32x16 broadcast_i32(const void* p) {
+  const __m256i x = _mm256_broadcastd_epi32(_mm_loadu_si32(p));
+  return {x, x};
+}
+inline void store_i8(int8_t* p, F32x16 a) {
+  const __m256i pairs = _mm256_packs_epi32(_mm256_cvtps_epi32(a.lo), _mm256_cvtps_epi32(a.hi));
+  const __m256i in_order = _mm256_permute4x64_epi64(pairs, _MM_SHUFFLE(3, 1, 2, 0));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                   _mm_packs_epi16(_mm256_castsi256_si128(in_order), _mm256_extracti128_si256(in_order, 1)));
+}
+template <bool Small>
+inline __m256i add_dot_half(__m256i sum, __m256i a, __m256i b) {
+  if constexpr (Small) {  // two products fit 16 bits
+    const __m256i pairs = _mm256_maddubs_epi16(a, b);
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+  } else {
+    const __m256i even = _mm256_madd_epi16(_mm256_and_si256(a, _mm256_set1_epi16(0xff)),
+                                           _mm256_srai_epi16(_mm256_slli_epi16(b, 8), 8));
+    const __m256i odd = _mm256_madd_epi16(_mm256_srli_epi16(a, 8), _mm256_srai_epi16(b, 8));
+    return _mm256_add_epi32(sum, _mm256_add_epi32(even, odd));
+  }
+}
+template <bool Small>
+inline I32x16 add_dot(I32x16 sum, I32x16 a, I32x16 b) {
+  return {add_dot_half<Small>(sum.lo, a.lo, b.lo), add_dot_half<Small>(sum.hi, a.hi, b.hi)};
+}
 inline I32x16 shift_right(I32x16 a, int bits) {
   return {_mm256_srli_epi32(a.lo, bits), _mm256_srli_epi32(a.hi, bits)};
 }

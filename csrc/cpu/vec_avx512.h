@@ -1,5 +1,5 @@
-// Sixteen f32 or i32 lanes with AVX-512 (F, BW, DQ, VL). Included by isa_avx512.cpp alone; see vec_scalar.h
-// for the meaning.
+// Sixteen f32 or i32 lanes with AVX-512 (F, BW, DQ, VL). Included by isa_avx512*.cpp alone, with one of
+// dot_avx512*.h; see vec_scalar.h for the meaning.
 #pragma once
 
 // GCC 12 takes the intrinsics' deliberately undefined operands for a mistake (GCC bug 105593).
@@ -103,6 +103,18 @@ inline I32x16 load_i8(const int8_t* p) {
 }
 inline I32x16 load_i32(const void* p) {
   return {_mm512_loadu_si512(p)};
+}
+inline void store_i32(void* p, I32x16 a) {
+  _mm512_storeu_si512(p, a.v);
+}
+inline I32x16 zero_i32() {
+  return {_mm512_setzero_si512()};
+}
+inline I32x16 broadcast_i32(const void* p) {
+  return {_mm512_broadcastd_epi32(_mm_loadu_si32(p))};
+}
+inline void store_i8(int8_t* p, F32x16 a) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(a.v)));
 }
 inline I32x16 shift_right(I32x16 a, int bits) {
   return {_mm512_srli_epi32(a.v, static_cast<unsigned>(bits))};

@@ -116,6 +116,33 @@ inline I32x16 load_i32(const void* p) {
   std::memcpy(r.v, p, sizeof r.v);
   return r;
 }
+inline void store_i32(void* p, I32x16 a) {
+  std::memcpy(p, a.v, sizeof a.v);
+}
+inline I32x16 zero_i32() {
+  return each_int([](int) { return 0; });
+}
+// The four bytes at p in every lane.
+inline I32x16 broadcast_i32(const void* p) {
+  int32_t x;
+  std::memcpy(&x, p, sizeof x);
+  return each_int([=](int) { return x; });
+}
+// To sixteen bytes. Lanes are integers of -127 to 127; of others the byte is any.
+inline void store_i8(int8_t* p, F32x16 a) {
+  for (int i = 0; i < 16; ++i) p[i] = std::abs(a.v[i]) <= 127 ? static_cast<int8_t>(a.v[i]) : int8_t{0};
+}
+// sum + the dot product of each lane's four bytes, unsigned in a and signed in b, exactly. Small: those of a
+// are below 64.
+template <bool Small>
+inline I32x16 add_dot(I32x16 sum, I32x16 a, I32x16 b) {
+  uint8_t u[64];
+  int8_t s[64];
+  std::memcpy(u, a.v, sizeof u);
+  std::memcpy(s, b.v, sizeof s);
+  for (int i = 0; i < 64; ++i) sum.v[i / 4] += u[i] * s[i];
+  return sum;
+}
 inline I32x16 shift_right(I32x16 a, int bits) {  // zeros come in
   return each_int([&](int i) { return static_cast<int32_t>(static_cast<uint32_t>(a.v[i]) >> bits); });
 }

@@ -11,9 +11,9 @@ void Device::add_norm(Norm kind, float eps, const float* weight, const float* bi
   norm(kind, eps, weight, bias, x, out, n, size);
 }
 
-std::unique_ptr<Device> make_device(const std::string& kind, int num_threads) {
+std::unique_ptr<Device> make_device(const std::string& kind, int num_threads, Arithmetic arithmetic) {
   require(kind == "cpu", "there is no device \"" + kind + "\"; what can be used here is \"cpu\"");
-  return std::make_unique<CpuDevice>(select_kernels(), num_threads);
+  return std::make_unique<CpuDevice>(select_kernels(), num_threads, arithmetic);
 }
 
 }  // namespace engine

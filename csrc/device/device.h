@@ -43,6 +43,10 @@ class Buffer {  // RAII over device memory; f32
   size_t size = 0;  // numbers
 };
 
+// How quantised weights are multiplied. EXACT: as the f32 numbers they stand for. INT8: activations are
+// rounded to bytes as well, and the products summed as integers. Plain floats are always multiplied exactly.
+enum class Arithmetic : uint8_t { EXACT, INT8 };
+
 class Device {
  public:
   virtual ~Device() = default;
@@ -90,6 +94,6 @@ class Device {
 };
 
 // kind: "cpu". num_threads 0: one per core that this process may run on.
-std::unique_ptr<Device> make_device(const std::string& kind, int num_threads);
+std::unique_ptr<Device> make_device(const std::string& kind, int num_threads, Arithmetic arithmetic);
 
 }  // namespace engine

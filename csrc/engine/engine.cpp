@@ -61,7 +61,8 @@ Engine::Engine(const ModelConfig& config, const TensorIndex& tensors, const Engi
     : options_(options), config_(config) {
   config_.validate();
   validate_options(options_);
-  device_ = make_device(options_.device, options_.num_threads);
+  device_ = make_device(options_.device, options_.num_threads,
+                        options_.exact ? Arithmetic::EXACT : Arithmetic::INT8);
   const auto available = static_cast<int64_t>(device_->memory_available());
   require(options_.memory_bytes <= available, "the engine may use " + mib(options_.memory_bytes) +
                                                   " of memory, but only " + mib(available) +

@@ -72,6 +72,7 @@ def engine_options(settings: Settings, checkpoint: Checkpoint) -> _engine.Engine
     options.max_num_batched_tokens = settings.max_num_batched_tokens
     options.enable_prefix_caching = settings.enable_prefix_caching
     options.weight_format = _FORMATS.get(settings.dtype, "")
+    options.exact = options.weight_format == "F32"
     if settings.kv_cache_dtype != "auto":
         options.kv_format = _FORMATS[settings.kv_cache_dtype]
     elif options.weight_format == "F32":

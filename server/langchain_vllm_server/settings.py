@@ -143,7 +143,11 @@ def _add_model(group: argparse._ArgumentGroup) -> None:
 def _add_engine(group: argparse._ArgumentGroup) -> None:
     floats = ["auto", "float32", "float", "bfloat16", "float16", "half"]
     group.add_argument(
-        "--dtype", choices=floats, default="auto", help="of plain (not quantised) weights; auto keeps each tensor's own"
+        "--dtype",
+        choices=floats,
+        default="auto",
+        help="of plain (not quantised) weights, auto keeps each tensor's own; float32 also multiplies quantised "
+        "weights exactly, not in integers",
     )
     group.add_argument("--kv-cache-dtype", choices=floats, default="auto", help="of the KV cache")
     group.add_argument("--device", choices=["auto", "cpu"], default="auto", help="where the model runs")

@@ -17,7 +17,13 @@ FLAGS = {
     "avx2": "-mavx2 -mfma -mf16c",
     "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf16c -mprefer-vector-width=512",
 }
-TABLES = {"scalar": "kScalarKernels", "avx2": "kAvx2Kernels", "avx512": "kAvx512Kernels"}
+FLAGS["avx512vnni"] = FLAGS["avx512"] + " -mavx512vnni"
+TABLES = {
+    "scalar": "kScalarKernels",
+    "avx2": "kAvx2Kernels",
+    "avx512": "kAvx512Kernels",
+    "avx512vnni": "kAvx512VnniKernels",
+}
 
 
 def cpu_flags() -> set[str]:
@@ -28,14 +34,16 @@ def cpu_flags() -> set[str]:
 
 
 def test_best_first_scalar_always() -> None:
-    assert [isa for isa in ("avx512", "avx2", "scalar") if isa in ISAS] == ISAS
+    assert [isa for isa in ("avx512vnni", "avx512", "avx2", "scalar") if isa in ISAS] == ISAS
     assert "scalar" in ISAS
 
 
 def test_detection_agrees_with_the_kernel() -> None:
     flags = cpu_flags()
     assert ("avx2" in ISAS) == ({"avx2", "fma", "f16c"} <= flags)
-    assert ("avx512" in ISAS) == ({"avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl"} <= flags)
+    avx512 = {"avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl"}
+    assert ("avx512" in ISAS) == (avx512 <= flags)
+    assert ("avx512vnni" in ISAS) == (avx512 | {"avx512_vnni"} <= flags)
 
 
 @pytest.mark.parametrize("isa", ISAS)

@@ -1,0 +1,11 @@
+#include "cpu/dot_avx512vnni.h"
+
+#include "cpu/attention.inl"
+#include "cpu/linear.inl"
+#include "cpu/pointwise.inl"
+
+namespace engine {
+
+const Kernels kAvx512VnniKernels = {"avx512vnni", &kLinear, &kAttention, &kPointwise};
+
+}  // namespace engine
