@@ -18,14 +18,16 @@ int64_t ceil_div(int64_t a, int64_t b) {
 }
 
 // How panels [0, num_panels) are cut into runs of at most kTaskPanels: evenly, so that no thread waits for
-// long.
+// long, but for pairs, which a kernel takes at once.
 struct Division {
   int64_t num_panels;
   int64_t num_runs;
   Division(int64_t panels, int threads)
       : num_panels(panels),
-        num_runs(std::min(panels, ceil_div(ceil_div(panels, kTaskPanels), threads) * threads)) {}
-  int64_t first(int64_t run) const { return run * num_panels / num_runs; }
+        num_runs(std::min(ceil_div(panels, 2), ceil_div(ceil_div(panels, kTaskPanels), threads) * threads)) {}
+  int64_t first(int64_t run) const {
+    return std::min(num_panels, run * ceil_div(num_panels, 2) / num_runs * 2);
+  }
 };
 
 // What panels [first, last) of one segment are to a row of y.

@@ -20,7 +20,7 @@
 
 namespace engine {
 
-inline constexpr int kRowTile = 12;  // rows whose quantised groups lie together
+inline constexpr int kRowTile = 8;  // rows whose quantised groups lie together
 
 // 32 columns of one row of activations: x ≈ scale · q with q = -127 … 127, the largest of them ±127. A cache
 // line, with all that a multiply needs of them.

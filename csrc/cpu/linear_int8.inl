@@ -27,7 +27,7 @@ constexpr float kSmallest = 0x1p-100f;
 // An infinity or NaN makes its group's scale NaN, and with it every result of its row.
 inline void quantise_group(const float* x, QuantisedGroup& out) {
   const F32x16 a = load(x), b = load(x + 16);
-  const float most = largest(max(max(a, zero() - a), max(b, zero() - b)));
+  const float most = reduce_max(max(max(a, zero() - a), max(b, zero() - b)));
   const F32x16 inverse = broadcast(most > kSmallest ? 127.0f / most : 0.0f);
   const F32x16 qa = round(a * inverse), qb = round(b * inverse);
   store_i8(out.q, qa);
@@ -66,15 +66,16 @@ template <class Block>
 class InPanel {
  public:
   using Format = Int8Layout<Block>;
+  InPanel() = default;
   InPanel(const void* panels, int64_t group)
-      : panel_(static_cast<const Panel<Block>*>(panels)[group / Format::kGroups]),
+      : panel_(static_cast<const Panel<Block>*>(panels) + group / Format::kGroups),
         first_(static_cast<int>(group % Format::kGroups) * Format::kScales) {}
-  I32x16 four(int s, int i) const { return quants(panel_, first_ + s, i); }
-  F32x16 scale_of(int s) const { return scale(panel_, first_ + s); }
-  F32x16 offset_of() const { return offset(panel_, first_); }
+  I32x16 four(int s, int i) const { return quants(*panel_, first_ + s, i); }
+  F32x16 scale_of(int s) const { return scale(*panel_, first_ + s); }
+  F32x16 offset_of() const { return offset(*panel_, first_); }
 
  private:
-  const Panel<Block>& panel_;
+  const Panel<Block>* panel_;
   int first_;
 };
 
@@ -89,14 +90,15 @@ struct UnpackedGroup {
 template <class Block>
 class Unpacked {
  public:
+  Unpacked() = default;
   Unpacked(const void* groups, int64_t group)
-      : group_(static_cast<const UnpackedGroup<Block>*>(groups)[group]) {}
-  I32x16 four(int s, int i) const { return load_i32(group_.q[s * Int8Layout<Block>::kFours + i]); }
-  F32x16 scale_of(int s) const { return load(group_.scale[s]); }
-  F32x16 offset_of() const { return load(group_.offset); }
+      : group_(static_cast<const UnpackedGroup<Block>*>(groups) + group) {}
+  I32x16 four(int s, int i) const { return load_i32(group_->q[s * Int8Layout<Block>::kFours + i]); }
+  F32x16 scale_of(int s) const { return load(group_->scale[s]); }
+  F32x16 offset_of() const { return load(group_->offset); }
 
  private:
-  const UnpackedGroup<Block>& group_;
+  const UnpackedGroup<Block>* group_;
 };
 
 template <class Block>
@@ -120,112 +122,152 @@ inline I32x16 start_of(const QuantisedGroup& x, int s) {
 }
 
 struct Int8Tile {
-  const void* w;  // InPanel's or Unpacked's
+  const std::byte* w;  // InPanel's or Unpacked's, panels w_stride bytes apart
+  size_t w_stride;
   int64_t groups;
   const QuantisedGroup* x;  // (groups, kRowTile)
-  float* y;                 // (R, 16), rows y_stride apart
+  float* y;                 // (R, channels), rows y_stride apart
   int64_t y_stride;
-  int channels;  // of the sixteen that exist
+  int channels;  // of the 16 · P that exist
 };
 
-// y += x · wᵀ for a panel and R rows, whose sums stay in registers.
-template <class Block, template <class> class Weights, int R>
-void multiply_tile_int8(const Int8Tile& t) {
+// sum += scale · x.scale · Σ x.q · (quant - zero) for scale number s of 32 columns.
+template <class Block, int P, int R, class Weights>
+inline void add_products(const Weights (&w)[P], const QuantisedGroup* x, int s, F32x16 (&sum)[R][P]) {
   using Format = Int8Layout<Block>;
-  F32x16 sum[R];
-  for (int r = 0; r < R; ++r) sum[r] = load_channels(t.y + r * t.y_stride, t.channels);
-  const QuantisedGroup* x = t.x;
-  for (int64_t group = 0; group < t.groups; ++group, x += kRowTile) {
-    const Weights<Block> w(t.w, group);
-    for (int s = 0; s < Format::kScales; ++s) {
-      I32x16 dots[R];
-      for (int r = 0; r < R; ++r) dots[r] = start_of<BlockLayout<Block>::kZero>(x[r], s);
+  I32x16 dots[R][P];
+  for (int r = 0; r < R; ++r) {
+    for (int p = 0; p < P; ++p) dots[r][p] = start_of<BlockLayout<Block>::kZero>(x[r], s);
+  }
 #pragma GCC unroll 8
-      for (int i = 0; i < Format::kFours; ++i) {
-        const I32x16 four = w.four(s, i);
-        const int col = 4 * (s * Format::kFours + i);
-        for (int r = 0; r < R; ++r)
-          dots[r] = add_dot<Format::kSmallQuants>(dots[r], four, broadcast_i32(x[r].q + col));
-      }
-      const F32x16 scale = w.scale_of(s);
-      for (int r = 0; r < R; ++r) sum[r] = fma(to_float(dots[r]) * scale, broadcast(x[r].scale), sum[r]);
-    }
-    if constexpr (Format::kHasOffset) {
-      const F32x16 offset = w.offset_of();
-      for (int r = 0; r < R; ++r) sum[r] = fma(offset, broadcast(x[r].sum), sum[r]);
+  for (int i = 0; i < Format::kFours; ++i) {
+    I32x16 four[P];
+    for (int p = 0; p < P; ++p) four[p] = w[p].four(s, i);
+    for (int r = 0; r < R; ++r) {
+      const I32x16 q = broadcast_i32(x[r].q + 4 * (s * Format::kFours + i));
+      for (int p = 0; p < P; ++p) dots[r][p] = add_dot<Format::kSmallQuants>(dots[r][p], four[p], q);
     }
   }
-  for (int r = 0; r < R; ++r) store_channels(t.y + r * t.y_stride, sum[r], t.channels);
+  F32x16 scale[P];
+  for (int p = 0; p < P; ++p) scale[p] = w[p].scale_of(s);
+  for (int r = 0; r < R; ++r) {
+    const F32x16 x_scale = broadcast(x[r].scale);
+    for (int p = 0; p < P; ++p) sum[r][p] = fma(to_float(dots[r][p]) * scale[p], x_scale, sum[r][p]);
+  }
+}
+
+// sum += offset · x.sum
+template <int P, int R, class Weights>
+inline void add_offsets(const Weights (&w)[P], const QuantisedGroup* x, F32x16 (&sum)[R][P]) {
+  F32x16 offset[P];
+  for (int p = 0; p < P; ++p) offset[p] = w[p].offset_of();
+  for (int r = 0; r < R; ++r) {
+    const F32x16 x_sum = broadcast(x[r].sum);
+    for (int p = 0; p < P; ++p) sum[r][p] = fma(offset[p], x_sum, sum[r][p]);
+  }
+}
+
+// y += x · wᵀ for P panels and R rows, whose sums stay in registers.
+template <class Block, template <class> class Weights, int P, int R>
+void multiply_tile_int8(const Int8Tile& t) {
+  F32x16 sum[R][P];
+  for (int r = 0; r < R; ++r) {
+    for (int p = 0; p < P; ++p) sum[r][p] = load_channels(t.y + r * t.y_stride + 16 * p, t.channels - 16 * p);
+  }
+  const QuantisedGroup* x = t.x;
+  for (int64_t group = 0; group < t.groups; ++group, x += kRowTile) {
+    Weights<Block> w[P];
+    for (int p = 0; p < P; ++p) w[p] = {t.w + static_cast<size_t>(p) * t.w_stride, group};
+    for (int s = 0; s < Int8Layout<Block>::kScales; ++s) add_products<Block>(w, x, s, sum);
+    if constexpr (Int8Layout<Block>::kHasOffset) add_offsets(w, x, sum);
+  }
+  for (int r = 0; r < R; ++r) {
+    for (int p = 0; p < P; ++p) store_channels(t.y + r * t.y_stride + 16 * p, sum[r][p], t.channels - 16 * p);
+  }
 }
 
 using Int8Function = void (*)(const Int8Tile&);
 
-// Rows whose sums, integer and float, fit the registers.
-constexpr int kInt8Rows = kTileSums < 2 ? 1 : kTileSums / 2 < kRowTile ? kTileSums / 2 : kRowTile;
-static_assert(kRowTile % kInt8Rows == 0);
+// Sums, integer and float, that fit the registers: two panels share what is loaded of x.
+constexpr int kInt8Panels = kTileSums < 24 ? 1 : 2;
+constexpr int kInt8Rows = kTileSums < 3 ? 1 : kTileSums / 3;
+static_assert(kRowTile % kInt8Rows == 0 && kTaskPanels % kInt8Panels == 0);
 
 // Null where the registers do not suffice.
-template <class Block, int R>
-constexpr Int8Function in_panel() {
-  if constexpr (R <= kInt8Rows) {
-    return multiply_tile_int8<Block, InPanel, R>;
+template <class Block, template <class> class Weights, int P, int R>
+constexpr Int8Function int8_tile() {
+  if constexpr (P <= kInt8Panels && R <= kInt8Rows) {
+    return multiply_tile_int8<Block, Weights, P, R>;
   } else {
     return nullptr;
   }
 }
 
-template <class Block>
-constexpr Int8Function kInPanel[kRowTile] = {
-    in_panel<Block, 1>(), in_panel<Block, 2>(),  in_panel<Block, 3>(),  in_panel<Block, 4>(),
-    in_panel<Block, 5>(), in_panel<Block, 6>(),  in_panel<Block, 7>(),  in_panel<Block, 8>(),
-    in_panel<Block, 9>(), in_panel<Block, 10>(), in_panel<Block, 11>(), in_panel<Block, 12>()};
+template <class Block, template <class> class Weights, int P>
+constexpr Int8Function kInt8TilesOf[kRowTile] = {
+    int8_tile<Block, Weights, P, 1>(), int8_tile<Block, Weights, P, 2>(), int8_tile<Block, Weights, P, 3>(),
+    int8_tile<Block, Weights, P, 4>(), int8_tile<Block, Weights, P, 5>(), int8_tile<Block, Weights, P, 6>(),
+    int8_tile<Block, Weights, P, 7>(), int8_tile<Block, Weights, P, 8>()};
 
-inline const QuantisedGroup* tile_of(const LinearTask& t, int row) {
+template <class Block, template <class> class Weights>
+constexpr const Int8Function* kInt8Tiles[2] = {kInt8TilesOf<Block, Weights, 1>,
+                                               kInt8TilesOf<Block, Weights, 2>};
+
+// Where row `row` begins among the quantised groups.
+inline const QuantisedGroup* quantised_row(const LinearTask& t, int row) {
   return t.quantised + row / kRowTile * (t.cols / 32) * kRowTile + row % kRowTile;
 }
 
-// Rows [begin, end) with the weights where they lie.
-template <class Block>
-void multiply_in_panels(const LinearTask& t, int begin, int end) {
-  for (int p = 0; p < t.num_panels; ++p) {
-    for (int row = begin; row < end; row += kInt8Rows) {
-      const int rows = min_int(kInt8Rows, end - row);
-      kInPanel<Block>[rows - 1]({t.panels + static_cast<size_t>(p) * t.panel_bytes, t.cols / 32,
-                                 tile_of(t, row), t.y + row * t.y_stride + 16 * p, t.y_stride,
-                                 t.num_channels - 16 * p});
-    }
+// A run of a task's panels that one kernel takes at once.
+struct PanelRun {
+  const std::byte* panels;
+  int count;
+  float* y;
+  int channels;
+};
+
+// Groups [begin, begin + groups) of all rows.
+template <class Block, template <class> class Weights>
+void multiply_groups(const LinearTask& t, const PanelRun& run, const void* w, size_t w_stride, int64_t begin,
+                     int64_t groups) {
+  for (int row = 0; row < t.num_rows; row += kInt8Rows) {
+    const int rows = min_int(kInt8Rows, t.num_rows - row);
+    kInt8Tiles<Block, Weights>[run.count - 1][rows - 1]({static_cast<const std::byte*>(w), w_stride, groups,
+                                                         quantised_row(t, row) + begin * kRowTile,
+                                                         run.y + row * t.y_stride, t.y_stride, run.channels});
   }
 }
 
-constexpr int kUnpackGroups = 8;  // at a time: with a tile's activations they stay in the first-level cache
+constexpr int kUnpackRows = 2 * kInt8Rows;  // from here on unpacking pays
+constexpr int kUnpackGroups = 16;  // at a time: with a tile's activations they stay in the first-level cache
 
-// Rows [0, end), whole tiles, with the weights unpacked.
 template <class Block>
-void multiply_unpacked(const LinearTask& t, int end) {
-  UnpackedGroup<Block> groups[kTaskPanels][kUnpackGroups];
+void multiply_unpacked(const LinearTask& t, const PanelRun& run) {
+  UnpackedGroup<Block> w[kInt8Panels][kUnpackGroups];
   for (int64_t begin = 0; begin < t.cols / 32; begin += kUnpackGroups) {
-    const int count = min_int(kUnpackGroups, static_cast<int>(t.cols / 32 - begin));
-    for (int p = 0; p < t.num_panels; ++p) {
-      const std::byte* panel = t.panels + static_cast<size_t>(p) * t.panel_bytes;
-      for (int g = 0; g < count; ++g) unpack_group(InPanel<Block>(panel, begin + g), groups[p][g]);
+    const int groups = min_int(kUnpackGroups, static_cast<int>(t.cols / 32 - begin));
+    for (int p = 0; p < run.count; ++p) {
+      const std::byte* panel = run.panels + static_cast<size_t>(p) * t.panel_bytes;
+      for (int g = 0; g < groups; ++g) unpack_group(InPanel<Block>(panel, begin + g), w[p][g]);
     }
-    for (int row = 0; row < end; row += kInt8Rows) {
-      const QuantisedGroup* x = tile_of(t, row) + begin * kRowTile;
-      for (int p = 0; p < t.num_panels; ++p) {
-        multiply_tile_int8<Block, Unpacked, kInt8Rows>(
-            {groups[p], count, x, t.y + row * t.y_stride + 16 * p, t.y_stride, t.num_channels - 16 * p});
-      }
-    }
+    multiply_groups<Block, Unpacked>(t, run, w, sizeof w[0], begin, groups);
   }
+}
+
+template <class Block>
+void multiply_run(const LinearTask& t, const PanelRun& run) {
+  if (t.num_rows >= kUnpackRows)
+    multiply_unpacked<Block>(t, run);
+  else
+    multiply_groups<Block, InPanel>(t, run, run.panels, t.panel_bytes, 0, t.cols / 32);
 }
 
 void multiply_int8(const LinearTask& t) {
-  // Unpacking pays from the second tile on.
-  const int unpacked = t.num_rows < 2 * kInt8Rows ? 0 : t.num_rows / kInt8Rows * kInt8Rows;
-  visit_block(t.format, [&]<class Block>(Block) {
-    if (unpacked > 0) multiply_unpacked<Block>(t, unpacked);
-    multiply_in_panels<Block>(t, unpacked, t.num_rows);
-  });
+  for (int p = 0; p < t.num_panels; p += kInt8Panels) {
+    const PanelRun run{t.panels + static_cast<size_t>(p) * t.panel_bytes,
+                       min_int(kInt8Panels, t.num_panels - p), t.y + 16 * p, t.num_channels - 16 * p};
+    visit_block(t.format, [&]<class Block>(Block) { multiply_run<Block>(t, run); });
+  }
 }
 
 }  // namespace

@@ -39,15 +39,6 @@ inline F32x16 erfc(F32x16 z) {
   return t * p * exp(zero() - z * z);
 }
 
-// Pairwise, in an order that all ISAs share.
-inline float sum(F32x16 a) {
-  float lanes[16];
-  to_lanes(a, lanes);
-  for (int half = 8; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-  return lanes[0];
-}
-
 // The largest lane that is not NaN; -inf when there is none.
 inline float largest(F32x16 a) {
   float lanes[16];

@@ -177,6 +177,18 @@ inline F32x16 byte_to_float(I32x16 a) {
 inline void to_lanes(F32x16 a, float* out) {
   store(out, a);
 }
+// Pairwise, lane i with i + 8, then with i + 4, i + 2, i + 1: the same bits on every ISA.
+inline float sum(F32x16 a) {
+  for (int half = 8; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) a.v[i] += a.v[i + half];
+  return a.v[0];
+}
+// The largest lane; any of them where one is NaN.
+inline float reduce_max(F32x16 a) {
+  for (int half = 8; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) a.v[i] = a.v[i] > a.v[i + half] ? a.v[i] : a.v[i + half];
+  return a.v[0];
+}
 
 }  // namespace
 }  // namespace engine

