@@ -58,13 +58,13 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(server: VLLMServer) -> None
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as chat:
         assert chat.stdin is not None
         assert chat.stdout is not None
-        chat.stdin.write("Write the numbers from one to a thousand in words, one on each line.\n")
+        chat.stdin.write("Write a very long story about a lighthouse.\n")
         chat.stdin.flush()
         assert os.read(chat.stdout.fileno(), 1)
         chat.send_signal(signal.SIGINT)
         chat.communicate("/exit\n", timeout=60)
     assert chat.returncode == 0
-    assert eventually(lambda: aborted_requests(server) == before + 1, seconds=10)
+    assert eventually(lambda: aborted_requests(server) > before, seconds=10)
 
 
 def test_serve_says_where_it_is() -> None:
