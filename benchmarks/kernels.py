@@ -4,8 +4,8 @@
 
 Quantised formats are measured twice: in integers, as the engine multiplies them unless told otherwise, and exactly, as
 --dtype float32 does. Integers are compared with a peak of dot products, by default that of one core of a Sapphire
-Rapids Xeon in registers, times the threads. Weights are read from as many copies as no cache holds, in turn, as a forward pass does. K-quants come in multiples of
-256 columns: 576 becomes 512.
+Rapids Xeon in registers, times the threads. Weights are read from as many copies as no cache holds, in turn, as a
+forward pass does. K-quants come in multiples of 256 columns: 576 becomes 512.
 """
 
 from __future__ import annotations
