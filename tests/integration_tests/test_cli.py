@@ -52,10 +52,17 @@ def aborted_requests(server: VLLMServer) -> float:
     return float(found[1])
 
 
+def heed_interrupts() -> None:
+    """What a shell runs in the background ignores SIGINT, and so would all that it starts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_ctrl_c_stops_the_answer_and_not_the_program(server: VLLMServer) -> None:
     before = aborted_requests(server)
     command = [*COMMAND, "chat", "--base-url", server.base_url, MODEL, "--temperature", "0", "--max-tokens", "1900"]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as chat:
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, preexec_fn=heed_interrupts
+    ) as chat:
         assert chat.stdin is not None
         assert chat.stdout is not None
         chat.stdin.write("Write a very long story about a lighthouse.\n")
