@@ -173,6 +173,16 @@ inline I32x16 operator&(I32x16 a, int32_t mask) {
 inline I32x16 operator|(I32x16 a, I32x16 b) {
   return {_mm256_or_si256(a.lo, b.lo), _mm256_or_si256(a.hi, b.hi)};
 }
+inline I32x16 operator|(I32x16 a, int32_t bits) {
+  const __m256i b = _mm256_set1_epi32(bits);
+  return {_mm256_or_si256(a.lo, b), _mm256_or_si256(a.hi, b)};
+}
+inline I32x16 max(I32x16 a, I32x16 b) {
+  return {_mm256_max_epi32(a.lo, b.lo), _mm256_max_epi32(a.hi, b.hi)};
+}
+inline I32x16 bits(F32x16 a) {
+  return {_mm256_castps_si256(a.lo), _mm256_castps_si256(a.hi)};
+}
 inline I32x16 subtract_bytes(I32x16 a, int byte) {
   const __m256i b = _mm256_set1_epi8(static_cast<char>(byte));
   return {_mm256_sub_epi8(a.lo, b), _mm256_sub_epi8(a.hi, b)};
@@ -199,11 +209,11 @@ inline float sum(F32x16 a) {
   b = _mm_add_ps(b, _mm_movehl_ps(b, b));
   return _mm_cvtss_f32(_mm_add_ss(b, _mm_movehdup_ps(b)));
 }
-inline float reduce_max(F32x16 a) {
-  const __m256 eight = _mm256_max_ps(a.lo, a.hi);
-  __m128 b = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
-  b = _mm_max_ps(b, _mm_movehl_ps(b, b));
-  return _mm_cvtss_f32(_mm_max_ss(b, _mm_movehdup_ps(b)));
+inline int32_t reduce_max(I32x16 a) {
+  const __m256i eight = _mm256_max_epi32(a.lo, a.hi);
+  __m128i b = _mm_max_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1));
+  b = _mm_max_epi32(b, _mm_shuffle_epi32(b, _MM_SHUFFLE(1, 0, 3, 2)));
+  return _mm_cvtsi128_si32(_mm_max_epi32(b, _mm_shuffle_epi32(b, _MM_SHUFFLE(2, 3, 0, 1))));
 }
 
 }  // namespace
