@@ -54,11 +54,11 @@ auto dequantize(const std::string& name, Bytes data, int64_t cols) {
   return array(std::move(out), {rows, static_cast<size_t>(cols)});
 }
 
-auto quantize_plain(const std::string& name, Vector values) {
+auto quantize(const std::string& name, Vector values) {
   const Format format = format_named(name);
   const size_t bytes = row_bytes(format, static_cast<int64_t>(values.size()));
   std::vector<uint8_t> out(bytes);
-  quantize_plain_row(format, values.data(), out.data(), static_cast<int64_t>(values.size()));
+  quantize_row(format, values.data(), out.data(), static_cast<int64_t>(values.size()));
   return array(std::move(out), {bytes});
 }
 
@@ -75,7 +75,7 @@ class Linear {
       check(data.size() == static_cast<size_t>(rows) * row_bytes(tensors.back().format, cols),
             "wrong data size");
     }
-    weight_ = pack_weight(pool_, tensors, bias, exact ? Arithmetic::EXACT : Arithmetic::INT8);
+    weight_ = pack_weight(pool_, arena_, tensors, bias, exact ? Arithmetic::EXACT : Arithmetic::INT8);
   }
 
   size_t bytes() const { return weight_->bytes(); }
@@ -101,6 +101,7 @@ class Linear {
  private:
   const Kernels& kernels_;
   ThreadPool pool_;
+  Arena arena_;
   std::unique_ptr<Weight> weight_;
   QuantisedRows scratch_;
 };
@@ -125,12 +126,13 @@ std::pair<double, double> bench_linear(const std::string& isa, const std::string
                                        int64_t cols, int n, int threads, double seconds, bool exact) {
   constexpr size_t kUncached = size_t{96} << 20;
   ThreadPool pool(threads);
+  Arena arena;
   const Kernels& kernels = kernels_named(isa);
   const std::vector<std::byte> data = random_rows(format_named(format), rows, cols);
   const Tensor source{"", format_named(format), rows, cols, data.data()};
   std::vector<std::unique_ptr<Weight>> weights;
   for (size_t i = 0; i <= kUncached / data.size(); ++i)
-    weights.push_back(pack_weight(pool, {&source, 1}, {}, exact ? Arithmetic::EXACT : Arithmetic::INT8));
+    weights.push_back(pack_weight(pool, arena, {&source, 1}, {}, exact ? Arithmetic::EXACT : Arithmetic::INT8));
   std::vector<float> x(static_cast<size_t>(n * cols), 1.0f), y(static_cast<size_t>(n * rows));
   QuantisedRows scratch;
   int calls = 0;
@@ -147,10 +149,11 @@ std::pair<double, double> bench_linear(const std::string& isa, const std::string
 // Packed bytes per second, in GB/s.
 double bench_pack(const std::string& format, int64_t rows, int64_t cols, int threads) {
   ThreadPool pool(threads);
+  Arena arena;
   const std::vector<std::byte> data = random_rows(format_named(format), rows, cols);
   const Tensor source{"", format_named(format), rows, cols, data.data()};
   const auto start = Clock::now();
-  const auto weight = pack_weight(pool, {&source, 1}, {}, Arithmetic::EXACT);
+  const auto weight = pack_weight(pool, arena, {&source, 1}, {}, Arithmetic::EXACT);
   return static_cast<double>(data.size()) * 1e-9 / seconds_since(start);
 }
 
@@ -167,14 +170,14 @@ void bind_linear(nb::module_& m) {
   m.def("selected_isa", [] { return std::string(select_kernels().name); });
   m.def("formats", [] {
     std::vector<std::tuple<std::string, int, size_t>> formats;
-    for (int i = 0; i < kNumFormats; ++i) {
+    for (int i = 0; i < kNumStoredFormats; ++i) {
       const auto format = static_cast<Format>(i);
       formats.emplace_back(format_name(format), block_size(format), block_bytes(format));
     }
     return formats;
   });
   m.def("dequantize", &dequantize, "format"_a, "data"_a, "cols"_a);
-  m.def("quantize_plain", &quantize_plain, "format"_a, "values"_a);
+  m.def("quantize", &quantize, "format"_a, "values"_a);
   m.def("bench_linear", &bench_linear, "isa"_a, "format"_a, "rows"_a, "cols"_a, "n"_a, "threads"_a,
         "seconds"_a, "exact"_a, nb::call_guard<nb::gil_scoped_release>());
   m.def("bench_pack", &bench_pack, "format"_a, "rows"_a, "cols"_a, "threads"_a,

@@ -8,7 +8,7 @@
 namespace engine {
 namespace {
 
-constexpr int64_t kTasksPerThread = 8;              // so that the slowest thread leaves little to wait for
+constexpr int64_t kTasksPerThread = 4;              // so that the slowest thread leaves little to wait for
 constexpr int64_t kTaskBytes = int64_t{512} << 10;  // of activations: they stay in the second-level cache
 constexpr int kExpandCols = 128;                    // columns that embed() expands at a time
 

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "base/tensor.h"
+#include "cpu/arena.h"
 #include "cpu/kernels.h"
 #include "cpu/thread_pool.h"
 #include "device/device.h"
@@ -62,7 +63,7 @@ struct LinearKernels {
 
 // The sources stacked by rows, each in its own format. They agree in `cols`; `bias` has one number per row or
 // is empty. `arithmetic` says how quantised ones are multiplied.
-std::unique_ptr<Weight> pack_weight(ThreadPool& pool, std::span<const Tensor> sources,
+std::unique_ptr<Weight> pack_weight(ThreadPool& pool, Arena& arena, std::span<const Tensor> sources,
                                     std::span<const float> bias, Arithmetic arithmetic);
 
 // y (n, weight.rows) = x (n, weight.cols) · weightᵀ + bias.

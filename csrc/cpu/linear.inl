@@ -14,9 +14,9 @@ constexpr int kChunk = 128;  // columns expanded at a time: 4 panels take 32 KiB
 // A product of a quant and its scale is exact (at most 24 bits), so one rounding remains, that of the offset,
 // and the result is dequantize_row()'s with and without fused multiply-add.
 template <class Block>
-inline void expand_group(const Panel<Block>& p, int group, float* out) {
+inline void expand_group(const Panel<Block>& p, int group, F32x16 channels, float* out) {
   using Layout = BlockLayout<Block>;
-  const F32x16 s = scale(p, group) * broadcast(kByteScale);
+  const F32x16 s = scale(p, group) * channels * broadcast(kByteScale);
   const F32x16 t = offset(p, group);
 #pragma GCC unroll 8
   for (int four = 0; four < Layout::kGroup / 4; ++four, out += 64) {
@@ -31,9 +31,10 @@ inline void expand_group(const Panel<Block>& p, int group, float* out) {
 template <class Block>
 void expand_quantised(const std::byte* panel, int64_t begin, int64_t end, float* out) {
   using Layout = BlockLayout<Block>;
-  const auto* p = reinterpret_cast<const Panel<Block>*>(panel);
+  const auto* p = blocks_of<Block>(panel);
+  const F32x16 channels = kPerChannel<Block> ? channel_scale(panel) : broadcast(1);
   for (int64_t k = begin; k < end; k += Layout::kGroup, out += 16 * Layout::kGroup) {
-    expand_group(p[k / Layout::kCols], static_cast<int>(k % Layout::kCols / Layout::kGroup), out);
+    expand_group(p[k / Layout::kCols], static_cast<int>(k % Layout::kCols / Layout::kGroup), channels, out);
   }
 }
 
@@ -197,8 +198,15 @@ LinearTask panels_of(LinearTask t, int first, int count) {
   return t;
 }
 
+// What is asked for in one go comes at the full speed of memory, what is waited for piece by piece does not.
+void prefetch_start(const LinearTask& t, int at_once) {
+  const int64_t bytes = ahead_of(panels_of(t, 0, at_once));
+  for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(t.panels + line);
+}
+
 void multiply(const LinearTask& t) {
   const int at_once = t.quantised ? (t.num_rows == 1 ? 1 : kInt8Panels) : kMaxPanels;
+  if (t.quantised) prefetch_start(t, at_once);
   for (int p = 0; p < t.num_panels; p += at_once) {
     const LinearTask part = panels_of(t, p, at_once);
     t.quantised ? multiply_int8(part) : multiply_exactly(part);

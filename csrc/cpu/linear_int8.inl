@@ -29,12 +29,12 @@ inline int32_t largest_bits(const float* x) {
   return reduce_max(max(bits(load(x)) & 0x7fffffff, bits(load(x + 16)) & 0x7fffffff));
 }
 
-// The scales of 32 columns, and what rounds a row to bytes; rows that do not exist are zeros. An infinity or
-// NaN makes its group's scale NaN, and with it every result of its row.
+// The scales of 32 columns, and what rounds a row to bytes. An infinity or NaN makes its group's scale NaN,
+// and with it every result of its row.
 inline void choose_scales(const float* x, int64_t cols, int rows, QuantisedTile& out,
                           float (&inverse)[kRowTile]) {
-  for (int r = 0; r < kRowTile; ++r) {
-    const int32_t most_bits = r < rows ? largest_bits(x + r * cols) : 0;
+  for (int r = 0; r < rows; ++r) {
+    const int32_t most_bits = largest_bits(x + r * cols);
     const float most = __builtin_bit_cast(float, most_bits);
     const bool finite = most_bits < 0x7f800000;
     inverse[r] = finite && most > kSmallest ? 127.0f / most : 0.0f;
@@ -43,7 +43,7 @@ inline void choose_scales(const float* x, int64_t cols, int rows, QuantisedTile&
 }
 
 // -Σq, and scale · Σq. A vector of q holds two runs of four columns of each row.
-inline void sum_columns(QuantisedTile& out) {
+inline void sum_columns(int rows, QuantisedTile& out) {
   static_assert(kRowTile == 8);
   const I32x16 ones = zero_i32() | 0x01010101;
   int32_t halves[2][16];
@@ -51,7 +51,7 @@ inline void sum_columns(QuantisedTile& out) {
     const I32x16 dot = add_dot<true>(zero_i32(), ones, load_i32(out.q[4 * h]));
     store_i32(halves[h], add_dot<true>(dot, ones, load_i32(out.q[4 * h + 2])));
   }
-  for (int r = 0; r < kRowTile; ++r) {
+  for (int r = 0; r < rows; ++r) {
     const int32_t low = halves[0][r] + halves[0][r + 8], high = halves[1][r] + halves[1][r + 8];
     out.minus[0][r] = -(low + high);
     out.minus[1][r] = -low;
@@ -64,17 +64,18 @@ inline void quantise_columns(const float* x, int64_t cols, int rows, QuantisedTi
   float inverse[kRowTile];
   choose_scales(x, cols, rows, out, inverse);
   alignas(64) int8_t q[kRowTile][32];
-  for (int r = 0; r < kRowTile; ++r) {
-    const float* row = x + (r < rows ? r : 0) * cols;
+  for (int r = 0; r < rows; ++r) {
+    const float* row = x + r * cols;
     store_i8(q[r], load(row) * broadcast(inverse[r]));
     store_i8(q[r] + 16, load(row + 16) * broadcast(inverse[r]));
   }
   for (int i = 0; i < 8; ++i) {
-    for (int r = 0; r < kRowTile; ++r) __builtin_memcpy(&out.q[i][r], q[r] + 4 * i, 4);
+    for (int r = 0; r < rows; ++r) __builtin_memcpy(&out.q[i][r], q[r] + 4 * i, 4);
   }
-  sum_columns(out);
+  sum_columns(rows, out);
 }
 
+// What rows that do not exist would be in a tile is left as it was.
 void quantise(const float* x, int64_t cols, int rows, QuantisedTile* out) {
   for (int64_t g = 0; g < cols / 32; ++g) quantise_columns(x + 32 * g, cols, rows, out[g]);
 }
@@ -99,8 +100,9 @@ class InPanel {
   // Asks for what lies `ahead` bytes behind the group: a stream from memory that is asked for earlier runs
   // faster.
   InPanel(const void* panels, int64_t group, int64_t ahead)
-      : panel_(static_cast<const Panel<Block>*>(panels) + group / Format::kGroups),
+      : panel_(blocks_of<Block>(panels) + group / Format::kGroups),
         first_(static_cast<int>(group % Format::kGroups) * Format::kScales) {
+    if (ahead == 0) return;
     const std::byte* next = static_cast<const std::byte*>(panels) + group * kBytes + ahead;
     for (int64_t line = 0; line < kBytes; line += 64) __builtin_prefetch(next + line);
   }
@@ -127,7 +129,7 @@ inline I32x16 start_of(const QuantisedTile& x, int row, int s) {
 struct Int8Tile {
   const std::byte* w;  // panels, w_stride bytes apart
   size_t w_stride;
-  int64_t ahead;  // bytes by which weights are asked for in advance
+  int64_t ahead;  // bytes by which weights are asked for in advance; 0: they are there
   int64_t groups;
   const QuantisedTile* x;  // (groups)
   int first_row;           // of each one's kRowTile
@@ -159,7 +161,10 @@ inline void add_products(const InPanel<Block> (&w)[P], const QuantisedTile& x, i
   for (int p = 0; p < P; ++p) scale[p] = w[p].scale_of(s);
   for (int r = 0; r < R; ++r) {
     const F32x16 x_scale = broadcast(x.scale[row + r]);
-    for (int p = 0; p < P; ++p) sum[r][p] = fma(to_float(dots[r][p]) * scale[p], x_scale, sum[r][p]);
+    for (int p = 0; p < P; ++p) {
+      const F32x16 dot = to_float(dots[r][p]);
+      sum[r][p] = fma(kPerChannel<Block> ? dot : dot * scale[p], x_scale, sum[r][p]);
+    }
   }
 }
 
@@ -174,13 +179,14 @@ inline void add_offsets(const InPanel<Block> (&w)[P], const QuantisedTile& x, in
   }
 }
 
-// y = bias + x · wᵀ for P panels and R rows, whose sums stay in registers.
+// y = bias + x · wᵀ for P panels and R rows, whose sums stay in registers. Scales of whole channels come
+// last.
 template <class Block, int P, int R>
 void multiply_tile_int8(const Int8Tile& t) {
-  F32x16 sum[R][P];
+  F32x16 sum[R][P], bias[P];
   for (int p = 0; p < P; ++p) {
-    const F32x16 start = t.bias ? load_channels(t.bias + 16 * p, t.channels - 16 * p) : zero();
-    for (int r = 0; r < R; ++r) sum[r][p] = start;
+    bias[p] = t.bias ? load_channels(t.bias + 16 * p, t.channels - 16 * p) : zero();
+    for (int r = 0; r < R; ++r) sum[r][p] = kPerChannel<Block> ? zero() : bias[p];
   }
   const int row = R == kRowTile ? 0 : t.first_row;
   for (int64_t group = 0; group < t.groups; ++group) {
@@ -189,8 +195,12 @@ void multiply_tile_int8(const Int8Tile& t) {
     for (int s = 0; s < Int8Layout<Block>::kScales; ++s) add_products<Block>(w, t.x[group], row, s, sum);
     if constexpr (Int8Layout<Block>::kHasOffset) add_offsets(w, t.x[group], row, sum);
   }
-  for (int r = 0; r < R; ++r) {
-    for (int p = 0; p < P; ++p) store_channels(t.y + r * t.y_stride + 16 * p, sum[r][p], t.channels - 16 * p);
+  for (int p = 0; p < P; ++p) {
+    for (int r = 0; r < R; ++r) {
+      if constexpr (kPerChannel<Block>)
+        sum[r][p] = fma(sum[r][p], channel_scale(t.w + static_cast<size_t>(p) * t.w_stride), bias[p]);
+      store_channels(t.y + r * t.y_stride + 16 * p, sum[r][p], t.channels - 16 * p);
+    }
   }
 }
 
@@ -233,7 +243,7 @@ void multiply_int8(const LinearTask& t) {
     Int8Tile tile{};
     tile.w = t.panels;
     tile.w_stride = t.panel_bytes;
-    tile.ahead = ahead_of(t);
+    tile.ahead = row == 0 ? ahead_of(t) : 0;
     tile.groups = t.cols / 32;
     tile.x = t.quantised + row / kRowTile * tile.groups;
     tile.first_row = row % kRowTile;

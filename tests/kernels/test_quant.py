@@ -64,24 +64,24 @@ def test_floats_to_halves() -> None:
     values = interesting_floats()
     with np.errstate(over="ignore", invalid="ignore", under="ignore"):
         expected = values.astype(np.float16)
-    got = _kernels_test.quantize_plain("F16", values).view(np.float16)
+    got = _kernels_test.quantize("F16", values).view(np.float16)
     assert same_bits(got.astype(np.float32), expected.astype(np.float32))
 
 
 def test_floats_to_bfloat16() -> None:
     values = interesting_floats()
     expected = gguf.quantize(values[None], gguf.GGMLQuantizationType.BF16)[0].view(np.uint16)
-    assert np.array_equal(_kernels_test.quantize_plain("BF16", values).view(np.uint16), expected)
+    assert np.array_equal(_kernels_test.quantize("BF16", values).view(np.uint16), expected)
 
 
 def test_floats_to_floats() -> None:
     values = interesting_floats()
-    assert np.array_equal(_kernels_test.quantize_plain("F32", values).view(np.uint32), values.view(np.uint32))
+    assert np.array_equal(_kernels_test.quantize("F32", values).view(np.uint32), values.view(np.uint32))
 
 
 @pytest.mark.parametrize("name", [name for name in FORMATS if name not in PLAIN])
 def test_what_cannot_be_done_is_refused(name: str) -> None:
     with pytest.raises(RuntimeError, match="F32, F16 and BF16 only"):
-        _kernels_test.quantize_plain(name, np.zeros(256, np.float32))
+        _kernels_test.quantize(name, np.zeros(256, np.float32))
     with pytest.raises(RuntimeError, match="multiple of the block size"):
         _kernels_test.dequantize(name, np.zeros(256, np.uint8), 33)
