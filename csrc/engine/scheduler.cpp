@@ -40,7 +40,8 @@ Event make_event(const Sequence& sequence, Finish finish, double now) {
 
 }  // namespace
 
-Scheduler::Scheduler(const SchedulerOptions& options) : options_(options), pool_(options.num_blocks) {
+Scheduler::Scheduler(const SchedulerOptions& options)
+    : options_(options), pool_(options.num_blocks, options.max_cached_blocks) {
   check(options.max_num_seqs > 0 && options.max_num_batched_tokens > 0, "a step must have room for a token");
 }
 

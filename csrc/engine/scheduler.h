@@ -24,6 +24,7 @@ struct SchedulerOptions {
   int32_t max_num_seqs = 256;
   int32_t max_num_batched_tokens = 512;
   bool enable_prefix_caching = true;
+  int32_t max_cached_blocks = INT32_MAX;  // see BlockPool
 };
 
 struct ScheduledSequence {
