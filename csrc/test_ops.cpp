@@ -126,8 +126,7 @@ class AttentionFixture {
   // Every byte of a block, in all layers.
   void fill_block(int32_t block, uint8_t value) {
     auto& cache = static_cast<CpuKvCache&>(*cache_);
-    for (int layer = 0; layer < config_.num_hidden_layers; ++layer)
-      std::memset(cache.head(layer, block, 0), value, cache.block_stride());
+    std::memset(cache.head(0, block, 0), value, cache.block_stride());
   }
   size_t cache_bytes() const { return static_cast<CpuKvCache&>(*cache_).bytes(); }
   size_t kv_bytes_per_block() const { return device_.kv_bytes_per_block(config_, cache_->format); }

@@ -43,12 +43,13 @@ size_t CpuKvCache::head_bytes(const ModelConfig& config, Format format) {
 }
 
 CpuKvCache::CpuKvCache(const ModelConfig& config, Format cache_format, int32_t blocks)
-    : head_bytes_(head_bytes(config, cache_format)),
-      block_stride_(head_bytes_ * static_cast<size_t>(config.num_key_value_heads)) {
+    : num_heads_(config.num_key_value_heads),
+      head_bytes_(head_bytes(config, cache_format)),
+      block_stride_(head_bytes_ * static_cast<size_t>(num_heads_ * config.num_hidden_layers)) {
   require(blocks > 0, "a key/value cache needs at least one block, not " + std::to_string(blocks));
   format = cache_format;
   num_blocks = blocks;
-  bytes_ = block_stride_ * static_cast<size_t>(blocks) * static_cast<size_t>(config.num_hidden_layers);
+  bytes_ = block_stride_ * static_cast<size_t>(blocks);
   void* memory =
       mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   require(memory != MAP_FAILED,

@@ -26,9 +26,9 @@ static constexpr int padded(int size) {
   return (size + kLanes - 1) / kLanes * kLanes;
 }
 
-// In memory: (layer, block, key/value head) → keys (head_dim, kBlockSize), then values (kBlockSize,
-// padded(head_dim)). Keys lie transposed, so that a vector holds one number of sixteen keys and a dot product
-// needs no horizontal sum.
+// In memory: (block, layer, key/value head) → keys (head_dim, kBlockSize), then values (kBlockSize,
+// padded(head_dim)). So the blocks in use lie together, whatever the number of layers. Keys lie transposed,
+// so that a vector holds one number of sixteen keys and a dot product needs no horizontal sum.
 class CpuKvCache : public KvCache {
  public:
   CpuKvCache(const ModelConfig& config, Format format, int32_t num_blocks);
@@ -41,13 +41,12 @@ class CpuKvCache : public KvCache {
   size_t block_stride() const { return block_stride_; }
   size_t bytes() const { return bytes_; }
   std::byte* head(int layer, int32_t block, int kv_head) const {
-    return memory_ +
-           (static_cast<size_t>(layer) * static_cast<size_t>(num_blocks) + static_cast<size_t>(block)) *
-               block_stride_ +
-           static_cast<size_t>(kv_head) * head_bytes_;
+    return memory_ + static_cast<size_t>(block) * block_stride_ +
+           static_cast<size_t>(layer * num_heads_ + kv_head) * head_bytes_;
   }
 
  private:
+  int num_heads_;
   size_t head_bytes_, block_stride_, bytes_;
   std::byte* memory_;  // mapped; a page takes memory once it is written
 };

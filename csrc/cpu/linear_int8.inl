@@ -29,55 +29,31 @@ inline int32_t largest_bits(const float* x) {
   return reduce_max(max(bits(load(x)) & 0x7fffffff, bits(load(x + 16)) & 0x7fffffff));
 }
 
-// The scales of 32 columns, and what rounds a row to bytes. An infinity or NaN makes its group's scale NaN,
-// and with it every result of its row.
-inline void choose_scales(const float* x, int64_t cols, int rows, QuantisedTile& out,
-                          float (&inverse)[kRowTile]) {
-  for (int r = 0; r < rows; ++r) {
-    const int32_t most_bits = largest_bits(x + r * cols);
-    const float most = __builtin_bit_cast(float, most_bits);
-    const bool finite = most_bits < 0x7f800000;
-    inverse[r] = finite && most > kSmallest ? 127.0f / most : 0.0f;
-    out.scale[r] = finite ? most * (1.0f / 127) : __builtin_nanf("");
-  }
-}
-
-// -Σq, and scale · Σq. A vector of q holds two runs of four columns of each row.
-inline void sum_columns(int rows, QuantisedTile& out) {
-  static_assert(kRowTile == 8);
-  const I32x16 ones = zero_i32() | 0x01010101;
-  int32_t halves[2][16];
-  for (int h = 0; h < 2; ++h) {
-    const I32x16 dot = add_dot<true>(zero_i32(), ones, load_i32(out.q[4 * h]));
-    store_i32(halves[h], add_dot<true>(dot, ones, load_i32(out.q[4 * h + 2])));
-  }
-  for (int r = 0; r < rows; ++r) {
-    const int32_t low = halves[0][r] + halves[0][r + 8], high = halves[1][r] + halves[1][r + 8];
-    out.minus[0][r] = -(low + high);
-    out.minus[1][r] = -low;
-    out.minus[2][r] = -high;
-    out.sum[r] = out.scale[r] * static_cast<float>(low + high);
-  }
-}
-
-inline void quantise_columns(const float* x, int64_t cols, int rows, QuantisedTile& out) {
-  float inverse[kRowTile];
-  choose_scales(x, cols, rows, out, inverse);
-  alignas(64) int8_t q[kRowTile][32];
-  for (int r = 0; r < rows; ++r) {
-    const float* row = x + r * cols;
-    store_i8(q[r], load(row) * broadcast(inverse[r]));
-    store_i8(q[r] + 16, load(row + 16) * broadcast(inverse[r]));
-  }
-  for (int i = 0; i < 8; ++i) {
-    for (int r = 0; r < rows; ++r) __builtin_memcpy(&out.q[i][r], q[r] + 4 * i, 4);
-  }
-  sum_columns(rows, out);
+// 32 columns of one row. An infinity or NaN makes its group's scale NaN, and with it every result of its row.
+inline void quantise_group(const float* x, int r, QuantisedTile& out) {
+  const int32_t most_bits = largest_bits(x);
+  const float most = __builtin_bit_cast(float, most_bits);
+  const bool finite = most_bits < 0x7f800000;
+  const F32x16 inverse = broadcast(finite && most > kSmallest ? 127.0f / most : 0.0f);
+  const F32x16 low = round(load(x) * inverse), high = round(load(x + 16) * inverse);
+  alignas(32) int8_t q[32];
+  store_i8(q, low);
+  store_i8(q + 16, high);
+  for (int i = 0; i < 8; ++i) __builtin_memcpy(&out.q[i][r], q + 4 * i, 4);
+  const int sum_low = finite ? static_cast<int>(sum(low)) : 0;  // exact
+  const int sum_high = finite ? static_cast<int>(sum(high)) : 0;
+  out.minus[0][r] = -(sum_low + sum_high);
+  out.minus[1][r] = -sum_low;
+  out.minus[2][r] = -sum_high;
+  out.scale[r] = finite ? most * (1.0f / 127) : __builtin_nanf("");
+  out.sum[r] = out.scale[r] * static_cast<float>(sum_low + sum_high);
 }
 
 // What rows that do not exist would be in a tile is left as it was.
 void quantise(const float* x, int64_t cols, int rows, QuantisedTile* out) {
-  for (int64_t g = 0; g < cols / 32; ++g) quantise_columns(x + 32 * g, cols, rows, out[g]);
+  for (int64_t g = 0; g < cols / 32; ++g) {
+    for (int r = 0; r < rows; ++r) quantise_group(x + r * cols + 32 * g, r, out[g]);
+  }
 }
 
 // 32 columns of a panel: kScales scales (Q6_K has two), each over kFours runs of four columns.

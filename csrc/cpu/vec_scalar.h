@@ -128,12 +128,9 @@ inline I32x16 broadcast_i32(const void* p) {
   std::memcpy(&x, p, sizeof x);
   return each_int([=](int) { return x; });
 }
-// To sixteen bytes, rounded to nearest even. Of lanes beyond ±127 the byte is any.
+// To sixteen bytes. Lanes are integers of -127 to 127; of others the byte is any.
 inline void store_i8(int8_t* p, F32x16 a) {
-  for (int i = 0; i < 16; ++i) {
-    const float whole = std::nearbyint(a.v[i]);
-    p[i] = std::abs(whole) <= 127 ? static_cast<int8_t>(whole) : int8_t{0};
-  }
+  for (int i = 0; i < 16; ++i) p[i] = std::abs(a.v[i]) <= 127 ? static_cast<int8_t>(a.v[i]) : int8_t{0};
 }
 // sum + the dot product of each lane's four bytes, unsigned in a and signed in b, exactly. Small: those of a
 // are below 64.
@@ -157,9 +154,6 @@ inline I32x16 operator&(I32x16 a, int32_t mask) {
 }
 inline I32x16 operator|(I32x16 a, I32x16 b) {
   return each_int([&](int i) { return a.v[i] | b.v[i]; });
-}
-inline I32x16 operator|(I32x16 a, int32_t bits) {
-  return each_int([&](int i) { return a.v[i] | bits; });
 }
 inline I32x16 max(I32x16 a, I32x16 b) {
   return each_int([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; });

@@ -27,7 +27,7 @@ class Weight {
   int64_t cols = 0;  // input channels
 };
 
-// One key/value cache for all layers: (layer, block, key/value head) → kBlockSize keys and values of head_dim
+// One key/value cache for all layers: (block, layer, key/value head) → kBlockSize keys and values of head_dim
 // numbers.
 class KvCache {
  public:
