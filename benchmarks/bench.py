@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shlex
 import signal
 import sys
 import time
@@ -39,13 +38,13 @@ SCRATCH = HERE.parent / "build" / "bench"
 class Bench:
     """One run: what is to be measured, and what has been."""
 
-    def __init__(self, args: argparse.Namespace, engines: list[Engine], journal: Journal) -> None:
+    def __init__(self, args: argparse.Namespace, engines: list[Engine], prompts: Prompts, journal: Journal) -> None:
         self._args = args
         self._engines = [engine for engine in engines if not engine.missing]
         self._journal = journal
         self._log_folder = journal.path.parent / "logs"
         self._log_folder.mkdir(exist_ok=True)
-        self._prompts = Prompts.of_model(str(self._engines[0].model))
+        self._prompts = prompts
 
     def run(self) -> None:
         """All that is not in the journal yet."""
@@ -137,7 +136,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of each engine; default: one per core")
     add("--quick", action="store_true", help="one repeat with few, short requests: whether all works, not how fast")
     add("--out", type=Path, help="where measurements go; default: a new file in build/bench/")
-    add("--resume", type=Path, metavar="FILE", help="go on with an interrupted run")
+    add("--resume", type=Path, metavar="FILE", help="go on with an interrupted run, started with the same options")
     add("--report-only", type=Path, metavar="FILE", help="measure nothing, render what an earlier run measured")
     add("--results", type=Path, metavar="DIR", help="for RESULTS.md and serving.png; default: that of this file, or of "
         "the measurements if --quick")  # fmt: skip
@@ -152,21 +151,22 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def run(args: argparse.Namespace, path: Path) -> None:
     """Measure into the file."""
-    engines = known.select(known.find_engines(args.models, args.threads), args.engines)
+    found = known.find_engines(args.models, args.threads)
+    engines = known.select(found, args.engines)
     for engine in engines:
         _say(f"{engine.name}: {engine.missing or 'found'}")
     if all(engine.missing for engine in engines):
         raise ValueError("nothing to measure")
+    prompts = Prompts.of_model(str(known.readable_model(found)))
     journal = Journal(path)
     _say(f"measurements go to {path}")
     journal.add("machine", date=f"{datetime.now():%Y-%m-%d}", quick=args.quick, **machine.describe(args.threads))
     for engine in engines:
-        found = not engine.missing
-        commands = {setup.name: shlex.join(setup.with_port(8000)) for setup in engine.setups}
-        described = {"version": engine.version(), "model_bytes": engine.model_bytes} if found else {}
+        commands = {setup.name: setup.shown() for setup in engine.setups}
+        described = {} if engine.missing else {"version": engine.version(), "model_bytes": engine.model_bytes}
         journal.add("engine", engine=engine.name, missing=engine.missing, commands=commands, **described)
     begin = time.monotonic()
-    Bench(args, engines, journal).run()
+    Bench(args, engines, prompts, journal).run()
     _say(f"measured for {(time.monotonic() - begin) / 60:.1f} minutes")
 
 

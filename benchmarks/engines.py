@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -55,6 +56,10 @@ class Setup:
 
     def with_port(self, port: int) -> list[str]:
         return [part.replace("{port}", str(port)) for part in self.command]
+
+    def shown(self) -> str:
+        """As one would type it."""
+        return " ".join([f"{name}={value}" for name, value in self.env.items()] + [shlex.join(self.with_port(8000))])
 
 
 @dataclass(frozen=True)
@@ -99,6 +104,14 @@ def select(engines: Mapping[str, Engine], names: str) -> list[Engine]:
     if unknown := sorted({*wanted} - known):
         raise ValueError(f"no engine {', '.join(unknown)}; there are {', '.join(engines)}")
     return [e for e in engines.values() if not wanted or e.name in wanted or e.family in wanted]
+
+
+def readable_model(engines: Mapping[str, Engine]) -> Path:
+    """One whose tokenizer we can read. Raises ValueError."""
+    for engine in engines.values():
+        if engine.family == "ours" and engine.model.exists():
+            return engine.model
+    raise ValueError("no model of ours in the folder, to take the tokenizer from")
 
 
 def _look_for_model(engine: Engine) -> Engine:

@@ -36,6 +36,10 @@ class Child:
             )
 
     @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
     def stdin(self) -> IO[bytes]:
         assert self._process.stdin is not None
         return self._process.stdin

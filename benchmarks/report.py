@@ -187,7 +187,7 @@ def _absolute(results: Results, engine: str, workload: str, name: str) -> str:
 def _growth(results: Results) -> Iterator[str]:
     studied = [record["engine"] for record in results.of_kind("growth")]
     if studied:
-        yield f"## How our costs grow ({studied[-1]})"
+        yield f"## How our costs grow\n\nOne run of {studied[-1]}."
     if sweep := results.growth("sweep"):
         rows = [[str(row["concurrency"]), *(number(row[name]) for _, name in SERVING)] for row in sweep]
         yield table(["at once", *(title for title, _ in SERVING)], rows)
@@ -236,6 +236,8 @@ def _machine(results: Results) -> Iterator[str]:
             yield "limits, measured: " + ", ".join(
                 f"{number(record['peaks'][name])} {what}" for name, what in peaks.items() if name in record["peaks"]
             )
+        shares = [results.median(engine, "serve_32", "client_share") or 0 for engine in results.engines()]
+        yield f"the load generator took up to {max(shares, default=0):.0%} of one core with 32 at once"
         if record["forced_isa"]:
             yield f"instruction set forced to {record['forced_isa']}"
         if record["quick"]:
@@ -266,7 +268,7 @@ def _commands(results: Results) -> str:
 
 def short(text: str) -> str:
     """Without the folders of absolute paths, which are of this machine alone."""
-    return re.sub(r"(?<![\w/:])/(?:[\w.@+-]+/)+", "", text)
+    return re.sub(r"(?<![\w/])/(?:[\w.@+-]+/)+", "", text)
 
 
 def _bullets(lines: Iterable[str]) -> str:
