@@ -41,13 +41,13 @@ WORKLOADS = {
     for workload in (
         Workload("decode", 1, 3, 128, 128),
         Workload("prefill_512", 1, 4, 512, 1),
-        Workload("prefill_2048", 1, 3, 2048, 1),
+        Workload("prefill_2048", 1, 2, 2048, 1),
         serving(1, 3),
         serving(8, 16),
-        serving(32, 64),
+        serving(32, 48),
         Workload("prefix_8", 8, 16, 64, 128, prefix=1024),
         Workload("busy", 1, 3, 128, 128, beside_busy=True),
-        *(serving(c, n, "inprocess") for c, n in ((1, 3), (8, 16), (32, 64))),
+        *(serving(c, n, "inprocess") for c, n in ((1, 3), (8, 16), (32, 48))),
     )
 }
 WARM_UP = Workload("warm_up", 8, 8, 64, 8)
