@@ -1,0 +1,1 @@
+"""Benchmarks: `kernels.py` measures kernels, `bench.py` whole engines side by side."""
