@@ -71,6 +71,7 @@ class VLLMServer:
         max_model_len: Longest sequence in tokens; by default the model's own.
         max_num_seqs: Sequences computed together at most.
         dtype: "float32", "bfloat16", "float16" or "auto".
+        quantization: "int8" or "int4" rounds float weights so while they load.
         seed: Seed for requests that have none.
         threads: CPU threads; by default one per core.
         memory: Limit for weights and KV cache, such as "4GiB".
@@ -91,6 +92,7 @@ class VLLMServer:
         max_model_len: int | None = None,
         max_num_seqs: int | None = None,
         dtype: str | None = None,
+        quantization: str | None = None,
         seed: int | None = None,
         threads: int | None = None,
         memory: str | None = None,
@@ -110,6 +112,7 @@ class VLLMServer:
             "max-model-len": max_model_len,
             "max-num-seqs": max_num_seqs,
             "dtype": dtype,
+            "quantization": quantization,
             "seed": seed,
             "threads": threads,
             "memory": memory,

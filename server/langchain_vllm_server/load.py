@@ -60,8 +60,21 @@ def load(settings: Settings, progress: Progress) -> Loaded:
         raise
 
 
+def _weight_format(settings: Settings, checkpoint: Checkpoint) -> str:
+    """What float weights become; "" keeps each as it is. Raises ValueError where that would change nothing."""
+    if settings.quantization is None:
+        return _FORMATS.get(settings.dtype, "")
+    weights = [tensor for parts in checkpoint.tensors.values() for tensor in parts if len(tensor.shape) == 2]
+    if not any(tensor.format in _FORMATS.values() for tensor in weights):
+        raise ValueError(
+            f"--quantization {settings.quantization}: {checkpoint.path} has {checkpoint.dtype} weights already: leave "
+            "the flag out to serve them as they are, or give the model as float weights"
+        )
+    return settings.quantization.upper()
+
+
 def engine_options(settings: Settings, checkpoint: Checkpoint) -> _engine.EngineOptions:
-    """The settings in the engine's words."""
+    """The settings in the engine's words. Raises ValueError."""
     options = _engine.EngineOptions()
     options.device = "cpu"
     options.num_threads = settings.threads
@@ -71,7 +84,7 @@ def engine_options(settings: Settings, checkpoint: Checkpoint) -> _engine.Engine
     options.max_num_seqs = settings.max_num_seqs
     options.max_num_batched_tokens = settings.max_num_batched_tokens
     options.enable_prefix_caching = settings.enable_prefix_caching
-    options.weight_format = _FORMATS.get(settings.dtype, "")
+    options.weight_format = _weight_format(settings, checkpoint)
     options.exact = options.weight_format == "F32"
     if settings.kv_cache_dtype != "auto":
         options.kv_format = _FORMATS[settings.kv_cache_dtype]

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 PROG = "langchain-vllm serve"
+QUANTIZATIONS = ("int8", "int4")
 
 # Flags of `vllm serve` that change nothing here: they steer a GPU, or switch on what is always on.
 _VALUE_WITHOUT_EFFECT = (
@@ -61,6 +62,7 @@ class Settings:
     max_logprobs: int = 20
 
     dtype: str = "auto"
+    quantization: str | None = None  # what float weights become while they load: int8 or int4
     kv_cache_dtype: str = "auto"
     device: str = "auto"
     max_model_len: int = 0  # tokens
@@ -91,6 +93,11 @@ def parse_settings(argv: Sequence[str]) -> Settings:
         if args["model"] not in (DEFAULT_MODEL, positional):
             parser.error(f"two models given: {positional!r} and --model {args['model']!r}")
         args["model"] = positional
+    if args["quantization"] and args["dtype"] != "auto":
+        parser.error(
+            f"--quantization {args['quantization']} and --dtype {args['dtype']} both say what float weights become: "
+            "give one of them"
+        )
     args["api_key"] = _api_keys(parser, args["api_key"])
     values: dict[str, Any] = {}
     for field in fields(Settings):
@@ -148,6 +155,14 @@ def _add_engine(group: argparse._ArgumentGroup) -> None:
         default="auto",
         help="of plain (not quantised) weights, auto keeps each tensor's own; float32 also multiplies quantised "
         "weights exactly, not in integers",
+    )
+    group.add_argument(
+        "--quantization",
+        "-q",
+        type=_quantization,
+        metavar="{int8,int4}",
+        help="round float weights while they load, and multiply in integers: int8 (a scale per output channel) or int4 "
+        "(a scale per group of 32); weights that a GGUF file has quantised stay as they are",
     )
     group.add_argument("--kv-cache-dtype", choices=floats, default="auto", help="of the KV cache")
     group.add_argument("--device", choices=["auto", "cpu"], default="auto", help="where the model runs")
@@ -281,6 +296,16 @@ def _model_len(text: str) -> int:
     if not 1 <= value < 2**31:
         raise argparse.ArgumentTypeError(f"must be between 1 and {2**31 - 1}, got {text}")
     return value
+
+
+def _quantization(text: str) -> str:
+    """Other methods of vLLM's flag read a checkpoint that was quantised before."""
+    if text not in QUANTIZATIONS:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not supported; supported: {', '.join(QUANTIZATIONS)}, of a float checkpoint while it loads "
+            "(a GGUF file is served as it is quantised, without this flag)"
+        )
+    return text
 
 
 def _memory(text: str) -> int:

@@ -116,7 +116,7 @@ class TestStartAndStop:
         options = {
             "max_model_len": 512,
             "max_num_seqs": 4,
-            "dtype": "float32",
+            "quantization": "int8",
             "seed": 7,
             "threads": 1,
             "memory": "1GiB",
@@ -124,7 +124,7 @@ class TestStartAndStop:
         with VLLMServer("good", **options, served_model_name=["a", "b"], extra_args=["--revision", "main"]) as server:  # type: ignore[arg-type]
             assert eventually(lambda: bool(server.log_tail()))
             command = server.log_tail()
-        flags = "--max-model-len 512 --max-num-seqs 4 --dtype float32 --seed 7 --threads 1 --memory 1GiB"
+        flags = "--max-model-len 512 --max-num-seqs 4 --quantization int8 --seed 7 --threads 1 --memory 1GiB"
         assert flags in command
         assert "--served-model-name a b" in command
         assert command.endswith("--revision main")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +11,14 @@ import pytest
 from langchain_vllm_server.errors import CheckpointError
 from langchain_vllm_server.load import engine_options, sampling_defaults
 from langchain_vllm_server.settings import parse_settings
+from langchain_vllm_server.stored_tensor import StoredTensor
+
+
+def checkpoint(norm: str, *weights: str) -> Any:
+    """A checkpoint as far as the options depend on it: a norm and a weight of each format named."""
+    tensors = {"final_norm": [StoredTensor("norm", norm, (4,), "", 0, 0)]}
+    tensors |= {f"w{i}": [StoredTensor(f"w{i}", f, (4, 4), "", 0, 0)] for i, f in enumerate(weights)}
+    return SimpleNamespace(max_position=100, tensors=tensors, path=Path("m.gguf"), dtype=weights[0])
 
 
 @pytest.mark.parametrize(
@@ -21,12 +30,30 @@ from langchain_vllm_server.settings import parse_settings
         (["--dtype", "bfloat16"], "BF16", "F16"),
         (["--dtype", "float32", "--kv-cache-dtype", "float16"], "F32", "F16"),
         (["--kv-cache-dtype", "bfloat16"], "", "BF16"),
+        (["--quantization", "int8"], "INT8", "F16"),
+        (["-q", "int4", "--kv-cache-dtype", "bfloat16"], "INT4", "BF16"),
     ],
 )
 def test_number_formats(flags: list[str], weights: str, cache: str) -> None:
-    checkpoint: Any = SimpleNamespace(max_position=100)
-    options = engine_options(parse_settings(["model", *flags]), checkpoint)
+    options = engine_options(parse_settings(["model", *flags]), checkpoint("F32", "BF16"))
     assert (options.weight_format, options.kv_format) == (weights, cache)
+
+
+@pytest.mark.parametrize("flags", [[], ["--quantization", "int8"], ["--dtype", "bfloat16"]], ids=str)
+def test_only_float32_is_exact(flags: list[str]) -> None:
+    assert not engine_options(parse_settings(["model", *flags]), checkpoint("F32", "BF16")).exact
+    assert engine_options(parse_settings(["model", "--dtype", "float32"]), checkpoint("F32", "BF16")).exact
+
+
+def test_what_is_float_in_a_gguf_file_can_be_quantised() -> None:
+    settings = parse_settings(["model", "--quantization", "int4"])
+    assert engine_options(settings, checkpoint("F32", "Q4_1", "F16")).weight_format == "INT4"
+
+
+def test_nothing_left_to_quantise_is_an_error() -> None:
+    settings = parse_settings(["model", "--quantization", "int8"])
+    with pytest.raises(ValueError, match=r"--quantization int8: m\.gguf has Q4_1 weights already: leave the flag out"):
+        engine_options(settings, checkpoint("F32", "Q4_1", "Q8_0"))
 
 
 def test_an_override_of_nothing_is_an_error() -> None:

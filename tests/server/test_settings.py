@@ -68,6 +68,11 @@ def test_every_flag_reaches_its_setting() -> None:
     )
 
 
+@pytest.mark.parametrize("flags", ["--quantization int8", "-q int8", "--quantization=int8", "-q int8 --dtype auto"])
+def test_quantization(flags: str) -> None:
+    assert parse_settings(["m", *flags.split()]) == Settings(model="m", quantization="int8")
+
+
 def test_underscores_are_dashes() -> None:
     settings = parse_settings(["--max_model_len=8", "--served_model_name", "a_b", "--uvicorn_log_level", "error"])
     assert (settings.max_model_len, settings.served_model_name, settings.log_level) == (8, ("a_b",), "error")
@@ -131,7 +136,12 @@ def test_chat_template_may_be_a_file(tmp_path: Path) -> None:
         (["--override-generation-config", "[1]"], "expected a JSON object"),
         (["--override-generation-config", "{"], "not JSON"),
         (["--api-key", ""], "must not be empty"),
-        (["--quantization", "awq"], "unrecognized arguments"),
+        (["--quantization", "awq"], "--quantization/-q: 'awq' is not supported; supported: int8, int4"),
+        (["-q", "gptq"], "'gptq' is not supported"),
+        (["-q", "fp8"], "'fp8' is not supported"),
+        (["-q", "gguf"], "a GGUF file is served as it is quantised, without this flag"),
+        (["-q", "int8", "--dtype", "float32"], "--quantization int8 and --dtype float32"),
+        (["--dtype", "half", "-q", "int4"], "--quantization int4 and --dtype half"),
         (["--shutdown-timeout", "nan"], "--shutdown-timeout: must be between"),
     ],
 )
