@@ -66,12 +66,13 @@ auto quantize(const std::string& name, Vector values) {
 class Linear {
  public:
   Linear(const std::string& isa, int threads, const std::vector<Source>& sources,
-         const std::vector<float>& bias, bool exact)
+         const std::vector<float>& bias, bool exact, const std::string& target)
       : kernels_(kernels_named(isa)), pool_(threads) {
     std::vector<Tensor> tensors;
     for (const auto& [format, rows, cols, data] : sources) {
       tensors.push_back(
           {"", format_named(format), rows, cols, reinterpret_cast<const std::byte*>(data.data())});
+      if (!target.empty()) tensors.back().target = format_named(target);
       check(data.size() == static_cast<size_t>(rows) * row_bytes(tensors.back().format, cols),
             "wrong data size");
     }
@@ -132,7 +133,8 @@ std::pair<double, double> bench_linear(const std::string& isa, const std::string
   const Tensor source{"", format_named(format), rows, cols, data.data()};
   std::vector<std::unique_ptr<Weight>> weights;
   for (size_t i = 0; i <= kUncached / data.size(); ++i)
-    weights.push_back(pack_weight(pool, arena, {&source, 1}, {}, exact ? Arithmetic::EXACT : Arithmetic::INT8));
+    weights.push_back(
+        pack_weight(pool, arena, {&source, 1}, {}, exact ? Arithmetic::EXACT : Arithmetic::INT8));
   std::vector<float> x(static_cast<size_t>(n * cols), 1.0f), y(static_cast<size_t>(n * rows));
   QuantisedRows scratch;
   int calls = 0;
@@ -183,8 +185,10 @@ void bind_linear(nb::module_& m) {
   m.def("bench_pack", &bench_pack, "format"_a, "rows"_a, "cols"_a, "threads"_a,
         nb::call_guard<nb::gil_scoped_release>());
   nb::class_<Linear>(m, "Linear")
-      .def(nb::init<const std::string&, int, const std::vector<Source>&, const std::vector<float>&, bool>(),
-           "isa"_a, "threads"_a, "sources"_a, "bias"_a = std::vector<float>(), "exact"_a = true)
+      .def(nb::init<const std::string&, int, const std::vector<Source>&, const std::vector<float>&, bool,
+                    const std::string&>(),
+           "isa"_a, "threads"_a, "sources"_a, "bias"_a = std::vector<float>(), "exact"_a = true,
+           "target"_a = "")
       .def_prop_ro("bytes", &Linear::bytes)
       .def("multiply", &Linear::multiply, "x"_a)
       .def("embed", &Linear::embed_tokens, "tokens"_a);
