@@ -187,7 +187,7 @@ def _serving_compute(results: Results, engine: str, workload: str) -> Limit | No
 def _compute(results: Results, engine: str, macs_per_s: float, at_least: float | None = None) -> Limit | None:
     """What is not quantised is multiplied in f32, and has no target."""
     exact = engine == "ours:bf16"
-    peak = _peak(results, "fma_gflops" if exact else "dot_gmacs")
+    peak = _peak(results, "fma_gmacs" if exact else "dot_gmacs")
     if not peak:
         return None
     what = "of the f32 peak" if exact else "of the int8 dot-product peak"

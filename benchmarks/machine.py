@@ -37,7 +37,7 @@ def describe(threads: int) -> dict[str, Any]:
 
 
 def peaks(threads: int) -> dict[str, float]:
-    """Measured: `dot_gmacs` and `fma_gflops` of registers, `read_gbs` of memory. Empty without the test module."""
+    """Measured: `dot_gmacs` and `fma_gmacs` of registers, `read_gbs` of memory. Empty without the test module."""
     try:
         from langchain_vllm_server import _kernels_test
     except ImportError:

@@ -233,7 +233,7 @@ def _machine(results: Results) -> Iterator[str]:
             f"{record['kernel']}, Python {record['python']}; load average before the run {record['load_average']:.1f}"
         )
         if record["peaks"]:
-            peaks = {"dot_gmacs": "GMAC/s of int8 dot products", "fma_gflops": "GMAC/s of f32", "read_gbs": "GB/s read"}
+            peaks = {"dot_gmacs": "GMAC/s of int8 dot products", "fma_gmacs": "GMAC/s of f32", "read_gbs": "GB/s read"}
             yield "limits, measured: " + ", ".join(
                 f"{number(record['peaks'][name])} {what}" for name, what in peaks.items() if name in record["peaks"]
             )

@@ -1,17 +1,21 @@
 // Storage formats and the linear kernels, for the tests and benchmarks/kernels.py.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/map.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include <chrono>
+#include <cstring>
+#include <map>
 #include <random>
 
 #include "base/check.h"
 #include "base/quant.h"
 #include "cpu/linear.h"
+#include "cpu/peak.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -148,6 +152,31 @@ std::pair<double, double> bench_linear(const std::string& isa, const std::string
           per_second * static_cast<double>(weights[0]->bytes()) * 1e-9};
 }
 
+// The most that `threads` cores do at once: GMAC/s of integer dot products and of f32, GB/s read from memory.
+// The best of several tries each, for the machine is not alone.
+std::map<std::string, double> bench_peaks(const std::string& isa, int threads) {
+  constexpr int64_t kRounds = 2'000'000;
+  constexpr size_t kBytes = size_t{192} << 20;
+  const PeakKernels& peak = *kernels_named(isa).peak;
+  ThreadPool pool(threads);
+  const auto best_rate = [&](double work, auto&& task) {
+    double best = 0;
+    for (int i = 0; i < 20; ++i) {
+      const auto start = Clock::now();
+      pool.run(threads, task);
+      best = std::max(best, work * threads / seconds_since(start));
+    }
+    return best * 1e-9;
+  };
+  std::vector<Arena> arenas(static_cast<size_t>(threads));
+  std::vector<std::shared_ptr<std::byte>> data;
+  for (Arena& arena : arenas) std::memset(data.emplace_back(arena.take(kBytes)).get(), 1, kBytes);
+  return {{"dot_gmacs", best_rate(4.0 * kPeakOps * kRounds, [&](int, int) { peak.dot(kRounds); })},
+          {"fma_gmacs", best_rate(1.0 * kPeakOps * kRounds, [&](int, int) { peak.fma(kRounds); })},
+          {"read_gbs",
+           best_rate(kBytes, [&](int i, int) { peak.read(data[static_cast<size_t>(i)].get(), kBytes); })}};
+}
+
 // Packed bytes per second, in GB/s.
 double bench_pack(const std::string& format, int64_t rows, int64_t cols, int threads) {
   ThreadPool pool(threads);
@@ -182,6 +211,7 @@ void bind_linear(nb::module_& m) {
   m.def("quantize", &quantize, "format"_a, "values"_a);
   m.def("bench_linear", &bench_linear, "isa"_a, "format"_a, "rows"_a, "cols"_a, "n"_a, "threads"_a,
         "seconds"_a, "exact"_a, nb::call_guard<nb::gil_scoped_release>());
+  m.def("bench_peaks", &bench_peaks, "isa"_a, "threads"_a, nb::call_guard<nb::gil_scoped_release>());
   m.def("bench_pack", &bench_pack, "format"_a, "rows"_a, "cols"_a, "threads"_a,
         nb::call_guard<nb::gil_scoped_release>());
   nb::class_<Linear>(m, "Linear")

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 
 from langchain_vllm_server import _kernels_test
 from tests.kernels.test_linear_int8 import FUSED, NUM_TOKENS, ROWS, activations, quantised
 from tests.kernels.weights import ISAS, random_rows
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 every_isa = pytest.mark.parametrize("isa", ISAS)
 every_arithmetic = pytest.mark.parametrize("exact", [False, True])
