@@ -1,4 +1,4 @@
-"""Tiny random checkpoints made by transformers, its model beside them, and our forward on the same files."""
+"""Checkpoints, transformers' model of each (tiny and random, or a GGUF file's), and our forward on the same files."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from gguf import GGUFReader
+from gguf.quants import dequantize
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from langchain_vllm_server import _model_test
 from langchain_vllm_server.checkpoint import load_checkpoint
@@ -55,6 +58,59 @@ def randomise(model: torch.nn.Module, seed: int) -> None:
                 parameter.copy_(0.3 * noise)
             else:
                 parameter.copy_(noise / parameter.shape[-1] ** 0.5 * 1.5)
+
+
+def from_gguf(gguf: Path) -> LlamaForCausalLM:
+    """transformers' model on the weights as the `gguf` package de-quantises them: nothing of ours."""
+    reader = GGUFReader(gguf)
+
+    def setting(name: str) -> Any:
+        return reader.fields[f"llama.{name}"].contents()
+
+    config = LlamaConfig(
+        vocab_size=len(reader.fields["tokenizer.ggml.tokens"].data),
+        hidden_size=setting("embedding_length"),
+        intermediate_size=setting("feed_forward_length"),
+        num_hidden_layers=setting("block_count"),
+        num_attention_heads=setting("attention.head_count"),
+        num_key_value_heads=setting("attention.head_count_kv"),
+        max_position_embeddings=setting("context_length"),
+        rms_norm_eps=setting("attention.layer_norm_rms_epsilon"),
+        rope_parameters={"rope_type": "default", "rope_theta": setting("rope.freq_base")},
+        tie_word_embeddings=True,
+    )
+    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
+    state = {}
+    for tensor in reader.tensors:
+        weight = dequantize(tensor.data, tensor.tensor_type)
+        part = tensor.name.split(".")[-2]
+        if part in heads:  # GGUF keeps the pairs that rotate together side by side, transformers half a head apart
+            weight = weight.reshape(heads[part], -1, 2, weight.shape[-1]).swapaxes(1, 2).reshape(weight.shape)
+        state[hugging_face_name(tensor.name)] = torch.from_numpy(np.array(weight))
+    model = LlamaForCausalLM(config)
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    assert (missing, unexpected) == (["lm_head.weight"], [])
+    model.tie_weights()
+    return model.eval()
+
+
+def hugging_face_name(name: str) -> str:
+    names = {
+        "token_embd": "model.embed_tokens",
+        "output_norm": "model.norm",
+        "attn_norm": "input_layernorm",
+        "ffn_norm": "post_attention_layernorm",
+        "attn_q": "self_attn.q_proj",
+        "attn_k": "self_attn.k_proj",
+        "attn_v": "self_attn.v_proj",
+        "attn_output": "self_attn.o_proj",
+        "ffn_gate": "mlp.gate_proj",
+        "ffn_up": "mlp.up_proj",
+        "ffn_down": "mlp.down_proj",
+    }
+    *block, part, weight = name.split(".")
+    layer = f"model.layers.{block[1]}." if block else ""
+    return f"{layer}{names[part]}.{weight}"
 
 
 def our_model(folder: Path, **options: Any) -> Any:

@@ -10,17 +10,17 @@ import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pytest
 import torch
-from gguf import GGUFReader
-from gguf.quants import dequantize
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer
 
 from tests.engines import running_engine
+from tests.parity.models import from_gguf
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from transformers import LlamaForCausalLM
 
 TIE = 1e-3
 NUM_TOKENS = 64
@@ -66,56 +66,7 @@ def tokenizer(gguf: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def reference(gguf: Path) -> LlamaForCausalLM:
-    """transformers' model on the weights as the `gguf` package de-quantises them: nothing of ours."""
-    reader = GGUFReader(gguf)
-
-    def setting(name: str) -> Any:
-        return reader.fields[f"llama.{name}"].contents()
-
-    config = LlamaConfig(
-        vocab_size=len(reader.fields["tokenizer.ggml.tokens"].data),
-        hidden_size=setting("embedding_length"),
-        intermediate_size=setting("feed_forward_length"),
-        num_hidden_layers=setting("block_count"),
-        num_attention_heads=setting("attention.head_count"),
-        num_key_value_heads=setting("attention.head_count_kv"),
-        max_position_embeddings=setting("context_length"),
-        rms_norm_eps=setting("attention.layer_norm_rms_epsilon"),
-        rope_parameters={"rope_type": "default", "rope_theta": setting("rope.freq_base")},
-        tie_word_embeddings=True,
-    )
-    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
-    state = {}
-    for tensor in reader.tensors:
-        weight = dequantize(tensor.data, tensor.tensor_type)
-        part = tensor.name.split(".")[-2]
-        if part in heads:  # GGUF keeps the pairs that rotate together side by side, transformers half a head apart
-            weight = weight.reshape(heads[part], -1, 2, weight.shape[-1]).swapaxes(1, 2).reshape(weight.shape)
-        state[hugging_face_name(tensor.name)] = torch.from_numpy(np.array(weight))
-    model = LlamaForCausalLM(config)
-    missing, unexpected = model.load_state_dict(state, strict=False)
-    assert (missing, unexpected) == (["lm_head.weight"], [])
-    model.tie_weights()
-    return model.eval()
-
-
-def hugging_face_name(name: str) -> str:
-    names = {
-        "token_embd": "model.embed_tokens",
-        "output_norm": "model.norm",
-        "attn_norm": "input_layernorm",
-        "ffn_norm": "post_attention_layernorm",
-        "attn_q": "self_attn.q_proj",
-        "attn_k": "self_attn.k_proj",
-        "attn_v": "self_attn.v_proj",
-        "attn_output": "self_attn.o_proj",
-        "ffn_gate": "mlp.gate_proj",
-        "ffn_up": "mlp.up_proj",
-        "ffn_down": "mlp.down_proj",
-    }
-    *block, part, weight = name.split(".")
-    layer = f"model.layers.{block[1]}." if block else ""
-    return f"{layer}{names[part]}.{weight}"
+    return from_gguf(gguf)
 
 
 @pytest.fixture(scope="module")
