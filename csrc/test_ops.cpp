@@ -109,7 +109,7 @@ Batch make_batch(const BatchRows& sequences) {
 }
 
 Format format_named(const std::string& name) {
-  for (const Format format : {Format::F32, Format::F16, Format::BF16})
+  for (const Format format : {Format::F32, Format::F16, Format::BF16, Format::INT8})
     if (name == format_name(format)) return format;
   throw InputError("no format of the key/value cache is called " + name);
 }

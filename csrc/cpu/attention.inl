@@ -243,7 +243,7 @@ inline Range seen(const AttentionTile& tile, int token, int partition) {
 // before those (its window begins earlier) and after (it is a later token) stand alone. Every row adds its
 // keys in ascending order.
 template <class Cache>
-void weigh_seen(const AttentionTile& tile, int partition, const float* scores, float* states) {
+void weigh_seen(const AttentionTile& tile, int partition, float* scores, float* states) {
   const Range earliest = seen(tile, 0, partition), latest = seen(tile, tile.num_tokens - 1, partition);
   Range common = {latest.begin, earliest.end};
   if (common.begin >= common.end) common = {latest.end, latest.end};
@@ -259,6 +259,14 @@ void weigh_seen(const AttentionTile& tile, int partition, const float* scores, f
                  states);
   }
 }
+
+}  // namespace
+}  // namespace engine
+
+#include "cpu/attention_int8.inl"
+
+namespace engine {
+namespace {
 
 template <class Cache>
 void attend_partition(const AttentionTile& tile, const float* packed, int partition, float* scores,
@@ -336,9 +344,10 @@ void rotate(float* x, int num_heads, int head_dim, const float* cos, const float
 }
 
 constexpr AttentionKernels kAttention = {
-    {store_head<F32Cache>, store_head<F16Cache>, store_head<BF16Cache>},
-    pack,
-    {attend_partition<F32Cache>, attend_partition<F16Cache>, attend_partition<BF16Cache>},
+    {store_head<F32Cache>, store_head<F16Cache>, store_head<BF16Cache>, store_head_int8},
+    {pack, pack, pack, pack_int8},
+    {attend_partition<F32Cache>, attend_partition<F16Cache>, attend_partition<BF16Cache>,
+     attend_partition<Int8Cache>},
     combine,
     finish,
     rotate,

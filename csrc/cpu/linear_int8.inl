@@ -21,9 +21,6 @@ inline void store_channels(float* y, F32x16 sum, int count) {
   count < 16 ? store_first(y, sum, count) : store(y, sum);
 }
 
-// The largest magnitude below which 127 / largest might overflow: a group of such numbers counts as zeros.
-constexpr float kSmallest = 0x1p-100f;
-
 // The bits of the largest magnitude among 32 numbers; an infinity's or a NaN's are larger than any number's.
 inline int32_t largest_bits(const float* x) {
   return reduce_max(max(bits(load(x)) & 0x7fffffff, bits(load(x + 16)) & 0x7fffffff));

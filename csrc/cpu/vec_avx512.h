@@ -116,6 +116,16 @@ inline I32x16 broadcast_i32(const void* p) {
 inline void store_i8(int8_t* p, F32x16 a) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(a.v)));
 }
+inline void store_u8(uint8_t* p, F32x16 a) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtusepi32_epi8(_mm512_cvtps_epi32(a.v)));
+}
+template <int Bit>
+inline F32x16 xor_lanes(F32x16 a) {
+  if constexpr (Bit == 1) return {_mm512_permute_ps(a.v, 0xb1)};
+  if constexpr (Bit == 2) return {_mm512_permute_ps(a.v, 0x4e)};
+  if constexpr (Bit == 4) return {_mm512_shuffle_f32x4(a.v, a.v, 0xb1)};
+  if constexpr (Bit == 8) return {_mm512_shuffle_f32x4(a.v, a.v, 0x4e)};
+}
 inline I32x16 shift_right(I32x16 a, int bits) {
   return {_mm512_srli_epi32(a.v, static_cast<unsigned>(bits))};
 }

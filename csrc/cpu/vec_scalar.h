@@ -132,6 +132,16 @@ inline I32x16 broadcast_i32(const void* p) {
 inline void store_i8(int8_t* p, F32x16 a) {
   for (int i = 0; i < 16; ++i) p[i] = std::abs(a.v[i]) <= 127 ? static_cast<int8_t>(a.v[i]) : int8_t{0};
 }
+// The same for lanes of 0 to 255.
+inline void store_u8(uint8_t* p, F32x16 a) {
+  for (int i = 0; i < 16; ++i)
+    p[i] = a.v[i] >= 0 && a.v[i] <= 255 ? static_cast<uint8_t>(a.v[i]) : uint8_t{0};
+}
+// Lane i is a's lane i ^ Bit.
+template <int Bit>
+inline F32x16 xor_lanes(F32x16 a) {
+  return each([&](int i) { return a.v[i ^ Bit]; });
+}
 // sum + the dot product of each lane's four bytes, unsigned in a and signed in b, exactly. Small: those of a
 // are below 64.
 template <bool Small>

@@ -32,7 +32,7 @@ class Weight {
 class KvCache {
  public:
   virtual ~KvCache() = default;
-  Format format = Format::F32;  // F32, F16 or BF16
+  Format format = Format::F32;  // F32, F16, BF16 or INT8
   int32_t num_blocks = 0;
 };
 

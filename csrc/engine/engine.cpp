@@ -57,7 +57,7 @@ void validate_options(const EngineOptions& o) {
   require(o.max_model_len >= 0 && o.max_model_len <= o.max_position,
           "max_model_len " + std::to_string(o.max_model_len) + " is beyond the model's own limit of " +
               std::to_string(o.max_position) + " tokens");
-  require(block_size(o.kv_format) == 1, "kv_format must be F32, F16 or BF16");
+  require(is_plain(o.kv_format) || o.kv_format == Format::INT8, "kv_format must be F32, F16, BF16 or INT8");
 }
 
 }  // namespace
