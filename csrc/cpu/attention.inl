@@ -166,7 +166,7 @@ void softmax(float* scores, int begin, int end, float* state_max, float* state_s
   for (int i = end; i < end_block; ++i) scores[i] = -__builtin_inff();
   F32x16 most = broadcast(-__builtin_inff());
   for (int i = first_block; i < end_block; i += 16) most = max(load(scores + i), most);
-  *state_max = largest(most);
+  *state_max = reduce_max(most);
   const F32x16 shift = broadcast(*state_max);
   F32x16 total = zero();
   for (int i = first_block; i < end_block; i += 16) {

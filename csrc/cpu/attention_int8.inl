@@ -19,6 +19,9 @@ struct Int8Cache {
 
 constexpr int kMaxInt8HeadDim = 512;
 
+// Rows that are multiplied together: with kRows the compiler does not keep the sums in registers.
+constexpr int kQueryRows = kRows / 2;
+
 // One head's part of a block.
 //   keys:   (head_dim / 4, kBlockSize) lanes of four bytes, q + 128; then their scales (kBlockSize)
 //   values: (kBlockSize / 4, padded(head_dim)) lanes of four keys' bytes; then their scales (kBlockSize)
@@ -162,6 +165,7 @@ void score_blocks_int8(const AttentionTile& tile, const PackedQueries& queries, 
     keys[c] = head.keys;
     scales[c] = load(head.key_scales);
   }
+#pragma GCC unroll 4
   for (int i = 0; i < tile.head_dim / 4; ++i) {
     I32x16 k[C];
     for (int c = 0; c < C; ++c) k[c] = load_i32(keys[c] + i * 4 * kBlockSize);
@@ -211,8 +215,8 @@ void score<Int8Cache>(const AttentionTile& tile, const float* packed, int begin,
   const PackedQueries queries(tile, packed);
   const int rows = num_rows(tile);
   int row = 0;
-  for (; row + kRows <= rows; row += kRows)
-    score_rows_int8<kRows, kVectors>(tile, queries, row, begin, end, scores);
+  for (; row + kQueryRows <= rows; row += kQueryRows)
+    score_rows_int8<kQueryRows, kVectors>(tile, queries, row, begin, end, scores);
   few_rows(row, rows, [&]<int R>(int first) {
     score_rows_int8<R, kFewVectors>(tile, queries, first, begin, end, scores);
   });
@@ -251,6 +255,7 @@ void weigh_values_int8(const AttentionTile& tile, const uint8_t (*p)[kPartition]
     for (int c = 0; c < C; ++c) sums[r][c] = zero_i32();
   for (int key = begin; key < end; key += kBlockSize) {
     const int8_t* values = int8_head(tile, key).values + 4 * column;
+#pragma GCC unroll 4
     for (int i = 0; i < kBlockSize; i += 4, values += 4 * padded(tile.head_dim)) {
       I32x16 v[C];
       for (int c = 0; c < C; ++c) v[c] = load_i32(values + 64 * c);
@@ -292,11 +297,11 @@ void weigh_seen<Int8Cache>(const AttentionTile& tile, int partition, float* scor
       scales[r] = quantise_weights(tile, own, start, begin, end, scores + (row + r) * kPartition, p[r]);
     }
     float* out = states + row * size;
-    if (rows == kRows) {
-      weigh_rows_int8<kRows, kVectors>(tile, p, scales, start, begin, end, out);
-      continue;
-    }
-    few_rows(0, rows, [&]<int R>(int first) {
+    int done = 0;
+    for (; done + kQueryRows <= rows; done += kQueryRows)
+      weigh_rows_int8<kQueryRows, kVectors>(tile, p + done, scales + done, start, begin, end,
+                                            out + done * size);
+    few_rows(done, rows, [&]<int R>(int first) {
       weigh_rows_int8<R, kFewVectors>(tile, p + first, scales + first, start, begin, end, out + first * size);
     });
   }

@@ -123,7 +123,7 @@ inline float max_of(const float* x, size_t n) {
   for_lanes(
       n, [&](size_t i) { most = max(load(x + i), most); },
       [&](size_t i, int rest) { most = max(first(load_first(x + i, rest), rest, -__builtin_inff()), most); });
-  return largest(most);
+  return reduce_max(most);
 }
 
 inline void exp_of(const float* x, float shift, float factor, float* out, size_t n) {

@@ -43,14 +43,5 @@ inline F32x16 erfc(F32x16 z) {
   return t * p * exp(zero() - z * z);
 }
 
-// The largest lane that is not NaN; -inf when there is none.
-inline float largest(F32x16 a) {
-  float lanes[16];
-  to_lanes(a, lanes);
-  float most = -__builtin_inff();
-  for (float lane : lanes) most = lane > most ? lane : most;
-  return most;
-}
-
 }  // namespace
 }  // namespace engine

@@ -201,7 +201,12 @@ inline float sum(F32x16 a) {
     for (int i = 0; i < half; ++i) a.v[i] += a.v[i + half];
   return a.v[0];
 }
-// The largest lane.
+// The largest lane; any of them where one is NaN.
+inline float reduce_max(F32x16 a) {
+  for (int half = 8; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) a.v[i] = a.v[i] > a.v[i + half] ? a.v[i] : a.v[i + half];
+  return a.v[0];
+}
 inline int32_t reduce_max(I32x16 a) {
   int32_t most = a.v[0];
   for (int32_t lane : a.v) most = lane > most ? lane : most;
