@@ -120,17 +120,14 @@ def _look_for_model(engine: Engine) -> Engine:
 
 
 def _ours(models: Path, threads: int) -> Iterator[Engine]:
-    from langchain_vllm_server.settings import Settings
-
-    quantises = any(f.name == "quantization" for f in dataclasses.fields(Settings))
     for format_ in ("Q4_0", "Q4_1", "Q8_0"):
         yield _one_of_ours(format_, _gguf(models, format_), threads)
     yield _one_of_ours("bf16", models / "bf16", threads)
-    missing = "" if quantises else "this version has no --quantization"
-    yield _one_of_ours("int8", models / "bf16", threads, ("--quantization", "int8"), missing)
+    int8 = ("--quantization", "int8", "--kv-cache-dtype", "int8")
+    yield _one_of_ours("int8", models / "bf16", threads, int8)
 
 
-def _one_of_ours(name: str, model: Path, threads: int, flags: tuple[str, ...] = (), missing: str = "") -> Engine:
+def _one_of_ours(name: str, model: Path, threads: int, flags: tuple[str, ...] = ()) -> Engine:
     serve = (str(Path(sys.executable).with_name("langchain-vllm")), "serve", str(model), "--port", "{port}")
     options = ("--threads", str(threads), "--served-model-name", MODEL, "--disable-access-log", *flags)
     without_http = (sys.executable, _INPROCESS, "ours", str(model), str(threads), *flags)
@@ -138,7 +135,7 @@ def _one_of_ours(name: str, model: Path, threads: int, flags: tuple[str, ...] = 
         Setup("", serve + options, ALONE + SERVING),
         Setup("in-process", without_http, WITHOUT_HTTP, http=False, start="load"),
     )
-    return Engine(f"ours:{name}", model, setups, _version_of_ours, missing)
+    return Engine(f"ours:{name}", model, setups, _version_of_ours)
 
 
 def _version_of_ours() -> str:

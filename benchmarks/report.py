@@ -44,7 +44,7 @@ figure by figure. OpenVINO runs in-process: it is flattered by having no HTTP in
 cores with the engines."""
 INTRODUCTION = """\
 How many times better ours is, with the target in parentheses and ✗ where it is missed. A GGUF is compared with the same
-GGUF; the other columns have ours on the bf16 checkpoint with `--quantization int8`."""
+GGUF; the other columns have ours on the bf16 checkpoint with `--quantization int8 --kv-cache-dtype int8`."""
 
 
 def write(results: Results, folder: Path) -> str:

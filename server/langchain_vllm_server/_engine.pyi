@@ -44,7 +44,7 @@ class EngineOptions:
     max_position: int
     max_num_seqs: int
     max_num_batched_tokens: int
-    kv_format: str
+    kv_format: str  # F32, F16, BF16, or INT8: attention in integers
     weight_format: str  # "" keeps each tensor's own; F32, F16, BF16, INT8 or INT4 converts the plain-float ones
     exact: bool  # multiply quantised weights as the f32 numbers they stand for, not in integers
     enable_prefix_caching: bool

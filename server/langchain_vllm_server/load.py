@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from langchain_vllm_server.settings import Settings
 
 _FORMATS = {"float32": "F32", "float": "F32", "bfloat16": "BF16", "float16": "F16", "half": "F16"}
+_KV_FORMATS = {**_FORMATS, "int8": "INT8"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +88,7 @@ def engine_options(settings: Settings, checkpoint: Checkpoint) -> _engine.Engine
     options.weight_format = _weight_format(settings, checkpoint)
     options.exact = options.weight_format == "F32"
     if settings.kv_cache_dtype != "auto":
-        options.kv_format = _FORMATS[settings.kv_cache_dtype]
+        options.kv_format = _KV_FORMATS[settings.kv_cache_dtype]
     elif options.weight_format == "F32":
         options.kv_format = "F32"  # who asks for f32 asks for exactness; otherwise f16 is the finer of the two halves
     return options

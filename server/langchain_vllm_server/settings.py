@@ -164,7 +164,9 @@ def _add_engine(group: argparse._ArgumentGroup) -> None:
         help="round float weights while they load, and multiply in integers: int8 (a scale per output channel) or int4 "
         "(a scale per group of 32); weights that a GGUF file has quantised stay as they are",
     )
-    group.add_argument("--kv-cache-dtype", choices=floats, default="auto", help="of the KV cache")
+    group.add_argument(
+        "--kv-cache-dtype", choices=[*floats, "int8"], default="auto", help="of the KV cache; int8: attend in integers"
+    )
     group.add_argument("--device", choices=["auto", "cpu"], default="auto", help="where the model runs")
     group.add_argument(
         "--max-model-len",

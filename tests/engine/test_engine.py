@@ -103,7 +103,7 @@ def test_same_alone_cold_and_cached(model: Path) -> None:
     assert (cold.tokens, cold.logprobs) == (cached.tokens, cached.logprobs)
 
 
-@pytest.mark.parametrize("kv_format", ["F32", "F16", "BF16"])
+@pytest.mark.parametrize("kv_format", ["F32", "F16", "BF16", "INT8"])
 @pytest.mark.parametrize("window", [False, True])
 def test_same_alone_and_among_32_others(kv_format: str, window: bool, tmp_path: Path) -> None:
     """One seed, cold and cached, alone and in a crowd that preempts and evicts: the same tokens and log-probabilities.

@@ -31,6 +31,7 @@ def checkpoint(norm: str, *weights: str) -> Any:
         (["--dtype", "float32", "--kv-cache-dtype", "float16"], "F32", "F16"),
         (["--kv-cache-dtype", "bfloat16"], "", "BF16"),
         (["--quantization", "int8"], "INT8", "F16"),
+        (["--kv-cache-dtype", "int8"], "", "INT8"),
         (["-q", "int4", "--kv-cache-dtype", "bfloat16"], "INT4", "BF16"),
     ],
 )
