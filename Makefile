@@ -8,7 +8,7 @@ BUILD  := --no-build-isolation --config-settings=build-dir=build/native
 
 comma  := ,
 
-.PHONY: help demo test lint format sanitize notebook clean
+.PHONY: help demo test lint format sanitize notebook bench clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -34,6 +34,9 @@ notebook: $(VENV)/.tests $(VENV)/.model  ## execute the notebook and keep its ou
 	$(PYTHON) -c 'import nbclient, nbformat, sys; \
 		[nbformat.write(nbclient.NotebookClient(nbformat.read(path, 4), record_timing=False).execute(), path) \
 		 for path in sys.argv[1:]]' notebooks/*.ipynb
+
+bench: $(VENV)/.bench $(VENV)/.model  ## engines side by side; ARGS="--help" tells how, ARGS="--quick" whether it works
+	$(PYTHON) -m benchmarks.bench $(ARGS)
 
 clean:  ## remove everything that was built
 	rm -rf $(VENV) build
@@ -62,6 +65,10 @@ $(VENV)/.model: $(VENV)/.venv
 
 $(VENV)/.lint: $(VENV)/.tests
 	$(PIP) install --quiet --group lint
+	@touch $@
+
+$(VENV)/.bench: $(VENV)/.tests
+	$(PIP) install --quiet --group bench
 	@touch $@
 
 # Memory and undefined behaviour through the Python tests of the engine, data races through plain C++ programs (TSan does

@@ -132,7 +132,7 @@ void bind_values(nb::module_& m) {
 
 void bind_block_pool(nb::module_& m) {
   nb::class_<BlockPool>(m, "BlockPool")
-      .def(nb::init<int32_t>(), "num_blocks"_a)
+      .def(nb::init<int32_t, int32_t>(), "num_blocks"_a, "max_cached"_a = INT32_MAX)
       .def_prop_ro("num_free", &BlockPool::num_free)
       .def("is_free", &BlockPool::is_free)
       .def("allocate", &BlockPool::allocate)

@@ -1,17 +1,21 @@
 // Storage formats and the linear kernels, for the tests and benchmarks/kernels.py.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/map.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include <chrono>
+#include <cstring>
+#include <map>
 #include <random>
 
 #include "base/check.h"
 #include "base/quant.h"
 #include "cpu/linear.h"
+#include "cpu/peak.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -54,11 +58,11 @@ auto dequantize(const std::string& name, Bytes data, int64_t cols) {
   return array(std::move(out), {rows, static_cast<size_t>(cols)});
 }
 
-auto quantize_plain(const std::string& name, Vector values) {
+auto quantize(const std::string& name, Vector values) {
   const Format format = format_named(name);
   const size_t bytes = row_bytes(format, static_cast<int64_t>(values.size()));
   std::vector<uint8_t> out(bytes);
-  quantize_plain_row(format, values.data(), out.data(), static_cast<int64_t>(values.size()));
+  quantize_row(format, values.data(), out.data(), static_cast<int64_t>(values.size()));
   return array(std::move(out), {bytes});
 }
 
@@ -66,16 +70,17 @@ auto quantize_plain(const std::string& name, Vector values) {
 class Linear {
  public:
   Linear(const std::string& isa, int threads, const std::vector<Source>& sources,
-         const std::vector<float>& bias, bool exact)
+         const std::vector<float>& bias, bool exact, const std::string& target)
       : kernels_(kernels_named(isa)), pool_(threads) {
     std::vector<Tensor> tensors;
     for (const auto& [format, rows, cols, data] : sources) {
       tensors.push_back(
           {"", format_named(format), rows, cols, reinterpret_cast<const std::byte*>(data.data())});
+      if (!target.empty()) tensors.back().target = format_named(target);
       check(data.size() == static_cast<size_t>(rows) * row_bytes(tensors.back().format, cols),
             "wrong data size");
     }
-    weight_ = pack_weight(pool_, tensors, bias, exact ? Arithmetic::EXACT : Arithmetic::INT8);
+    weight_ = pack_weight(pool_, arena_, tensors, bias, exact ? Arithmetic::EXACT : Arithmetic::INT8);
   }
 
   size_t bytes() const { return weight_->bytes(); }
@@ -101,6 +106,7 @@ class Linear {
  private:
   const Kernels& kernels_;
   ThreadPool pool_;
+  Arena arena_;
   std::unique_ptr<Weight> weight_;
   QuantisedRows scratch_;
 };
@@ -125,12 +131,14 @@ std::pair<double, double> bench_linear(const std::string& isa, const std::string
                                        int64_t cols, int n, int threads, double seconds, bool exact) {
   constexpr size_t kUncached = size_t{96} << 20;
   ThreadPool pool(threads);
+  Arena arena;
   const Kernels& kernels = kernels_named(isa);
   const std::vector<std::byte> data = random_rows(format_named(format), rows, cols);
   const Tensor source{"", format_named(format), rows, cols, data.data()};
   std::vector<std::unique_ptr<Weight>> weights;
   for (size_t i = 0; i <= kUncached / data.size(); ++i)
-    weights.push_back(pack_weight(pool, {&source, 1}, {}, exact ? Arithmetic::EXACT : Arithmetic::INT8));
+    weights.push_back(
+        pack_weight(pool, arena, {&source, 1}, {}, exact ? Arithmetic::EXACT : Arithmetic::INT8));
   std::vector<float> x(static_cast<size_t>(n * cols), 1.0f), y(static_cast<size_t>(n * rows));
   QuantisedRows scratch;
   int calls = 0;
@@ -144,13 +152,39 @@ std::pair<double, double> bench_linear(const std::string& isa, const std::string
           per_second * static_cast<double>(weights[0]->bytes()) * 1e-9};
 }
 
+// The most that `threads` cores do at once: GMAC/s of integer dot products and of f32, GB/s read from memory.
+// The best of several tries each, for the machine is not alone.
+std::map<std::string, double> bench_peaks(const std::string& isa, int threads) {
+  constexpr int64_t kRounds = 2'000'000;
+  constexpr size_t kBytes = size_t{192} << 20;
+  const PeakKernels& peak = *kernels_named(isa).peak;
+  ThreadPool pool(threads);
+  const auto best_rate = [&](double work, auto&& task) {
+    double best = 0;
+    for (int i = 0; i < 20; ++i) {
+      const auto start = Clock::now();
+      pool.run(threads, task);
+      best = std::max(best, work * threads / seconds_since(start));
+    }
+    return best * 1e-9;
+  };
+  std::vector<Arena> arenas(static_cast<size_t>(threads));
+  std::vector<std::shared_ptr<std::byte>> data;
+  for (Arena& arena : arenas) std::memset(data.emplace_back(arena.take(kBytes)).get(), 1, kBytes);
+  return {{"dot_gmacs", best_rate(4.0 * kPeakOps * kRounds, [&](int, int) { peak.dot(kRounds); })},
+          {"fma_gmacs", best_rate(1.0 * kPeakOps * kRounds, [&](int, int) { peak.fma(kRounds); })},
+          {"read_gbs",
+           best_rate(kBytes, [&](int i, int) { peak.read(data[static_cast<size_t>(i)].get(), kBytes); })}};
+}
+
 // Packed bytes per second, in GB/s.
 double bench_pack(const std::string& format, int64_t rows, int64_t cols, int threads) {
   ThreadPool pool(threads);
+  Arena arena;
   const std::vector<std::byte> data = random_rows(format_named(format), rows, cols);
   const Tensor source{"", format_named(format), rows, cols, data.data()};
   const auto start = Clock::now();
-  const auto weight = pack_weight(pool, {&source, 1}, {}, Arithmetic::EXACT);
+  const auto weight = pack_weight(pool, arena, {&source, 1}, {}, Arithmetic::EXACT);
   return static_cast<double>(data.size()) * 1e-9 / seconds_since(start);
 }
 
@@ -167,21 +201,24 @@ void bind_linear(nb::module_& m) {
   m.def("selected_isa", [] { return std::string(select_kernels().name); });
   m.def("formats", [] {
     std::vector<std::tuple<std::string, int, size_t>> formats;
-    for (int i = 0; i < kNumFormats; ++i) {
+    for (int i = 0; i < kNumStoredFormats; ++i) {
       const auto format = static_cast<Format>(i);
       formats.emplace_back(format_name(format), block_size(format), block_bytes(format));
     }
     return formats;
   });
   m.def("dequantize", &dequantize, "format"_a, "data"_a, "cols"_a);
-  m.def("quantize_plain", &quantize_plain, "format"_a, "values"_a);
+  m.def("quantize", &quantize, "format"_a, "values"_a);
   m.def("bench_linear", &bench_linear, "isa"_a, "format"_a, "rows"_a, "cols"_a, "n"_a, "threads"_a,
         "seconds"_a, "exact"_a, nb::call_guard<nb::gil_scoped_release>());
+  m.def("bench_peaks", &bench_peaks, "isa"_a, "threads"_a, nb::call_guard<nb::gil_scoped_release>());
   m.def("bench_pack", &bench_pack, "format"_a, "rows"_a, "cols"_a, "threads"_a,
         nb::call_guard<nb::gil_scoped_release>());
   nb::class_<Linear>(m, "Linear")
-      .def(nb::init<const std::string&, int, const std::vector<Source>&, const std::vector<float>&, bool>(),
-           "isa"_a, "threads"_a, "sources"_a, "bias"_a = std::vector<float>(), "exact"_a = true)
+      .def(nb::init<const std::string&, int, const std::vector<Source>&, const std::vector<float>&, bool,
+                    const std::string&>(),
+           "isa"_a, "threads"_a, "sources"_a, "bias"_a = std::vector<float>(), "exact"_a = true,
+           "target"_a = "")
       .def_prop_ro("bytes", &Linear::bytes)
       .def("multiply", &Linear::multiply, "x"_a)
       .def("embed", &Linear::embed_tokens, "tokens"_a);

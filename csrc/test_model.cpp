@@ -52,9 +52,10 @@ class Model {
         std::make_unique<Transformer>(config, load_weights(config, tensors, weight_format, *device_, loading),
                                       *device_, max_tokens, max_tokens);
     check(loading.bytes_done == loading.bytes_total, "loading ends at 100 %");
-    transformer_->kv_alloc(kv_format == "F32"   ? Format::F32
-                           : kv_format == "F16" ? Format::F16
-                                                : Format::BF16,
+    transformer_->kv_alloc(kv_format == "F32"    ? Format::F32
+                           : kv_format == "F16"  ? Format::F16
+                           : kv_format == "BF16" ? Format::BF16
+                                                 : Format::INT8,
                            num_blocks);
   }
 

@@ -109,7 +109,7 @@ Batch make_batch(const BatchRows& sequences) {
 }
 
 Format format_named(const std::string& name) {
-  for (const Format format : {Format::F32, Format::F16, Format::BF16})
+  for (const Format format : {Format::F32, Format::F16, Format::BF16, Format::INT8})
     if (name == format_name(format)) return format;
   throw InputError("no format of the key/value cache is called " + name);
 }
@@ -126,8 +126,7 @@ class AttentionFixture {
   // Every byte of a block, in all layers.
   void fill_block(int32_t block, uint8_t value) {
     auto& cache = static_cast<CpuKvCache&>(*cache_);
-    for (int layer = 0; layer < config_.num_hidden_layers; ++layer)
-      std::memset(cache.head(layer, block, 0), value, cache.block_stride());
+    std::memset(cache.head(0, block, 0), value, cache.block_stride());
   }
   size_t cache_bytes() const { return static_cast<CpuKvCache&>(*cache_).bytes(); }
   size_t kv_bytes_per_block() const { return device_.kv_bytes_per_block(config_, cache_->format); }

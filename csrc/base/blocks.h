@@ -123,6 +123,16 @@ struct BlockLayout<BlockQ6_K> {
   }
 };
 
+template <>
+struct BlockLayout<BlockInt8> {
+  static constexpr int kCols = 32, kGroup = 32, kZero = 128;
+  static float scale(const BlockInt8&, int) { return 1; }  // its row's scale stands before the blocks
+  static float offset(const BlockInt8&, int) { return -0.0f; }
+  static void quants(const BlockInt8& b, int, uint8_t* q) {
+    for (int i = 0; i < 32; ++i) q[i] = static_cast<uint8_t>(b.q[i] + 128);
+  }
+};
+
 // visit(Block{}) with the block type of a quantised format; plain floats have none and are not visited.
 template <class Visit>
 void visit_block(Format format, Visit visit) {
@@ -143,6 +153,8 @@ void visit_block(Format format, Visit visit) {
       return visit(BlockQ5_K{});
     case Format::Q6_K:
       return visit(BlockQ6_K{});
+    case Format::INT8:
+      return visit(BlockInt8{});
     case Format::F32:
     case Format::F16:
     case Format::BF16:

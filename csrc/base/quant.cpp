@@ -1,6 +1,8 @@
 #include "base/quant.h"
 
+#include <algorithm>
 #include <bit>
+#include <cmath>
 #include <cstring>
 #include <string>
 
@@ -28,6 +30,7 @@ constexpr FormatInfo kFormats[kNumFormats] = {
     {"Q4_K", 256, sizeof(BlockQ4_K)},
     {"Q5_K", 256, sizeof(BlockQ5_K)},
     {"Q6_K", 256, sizeof(BlockQ6_K)},
+    {"INT8", 32, sizeof(BlockInt8)},
 };
 
 const FormatInfo& info(Format format) {
@@ -76,7 +79,12 @@ size_t block_bytes(Format format) {
 size_t row_bytes(Format format, int64_t cols) {
   const FormatInfo& f = info(format);
   check(cols >= 0 && cols % f.block_size == 0, "columns are not a multiple of the block size");
-  return static_cast<size_t>(cols / f.block_size) * f.block_bytes;
+  return static_cast<size_t>(cols / f.block_size) * f.block_bytes +
+         (format == Format::INT8 ? sizeof(float) : 0);
+}
+
+bool is_plain(Format format) {
+  return format <= Format::BF16;
 }
 
 float half_to_float(uint16_t h) {
@@ -127,22 +135,104 @@ void dequantize_row(Format format, const void* row, float* out, int64_t cols) {
     case Format::BF16:
       for (int64_t i = 0; i < cols; ++i) out[i] = bfloat16_to_float(read<uint16_t>(data, i));
       return;
+    case Format::INT8: {
+      const auto scale = read<float>(data, 0);
+      for (int64_t i = 0; i < cols; ++i)
+        out[i] = scale * static_cast<float>(read<int8_t>(data + sizeof scale, i));
+      return;
+    }
     default:
       visit_block(format, [&]<class Block>(Block) { dequantize_blocks<Block>(data, out, cols); });
   }
 }
 
-void quantize_plain_row(Format format, const float* row, void* out, int64_t cols) {
-  check(block_size(format) == 1, "quantize_plain_row writes F32, F16 and BF16 only");
-  if (format == Format::F32) {
-    std::memcpy(out, row, row_bytes(format, cols));
-    return;
+namespace {
+
+template <class T>
+void write(std::byte* data, int64_t index, T value) {
+  std::memcpy(data + static_cast<size_t>(index) * sizeof(T), &value, sizeof(T));
+}
+
+void quantize_int8(const float* row, std::byte* out, int64_t cols) {
+  float most = 0;
+  for (int64_t i = 0; i < cols; ++i) most = std::max(most, std::abs(row[i]));
+  const float inverse = most > 0x1p-100f ? 127 / most : 0;
+  write(out, 0, most / 127);
+  auto* q = reinterpret_cast<int8_t*>(out + sizeof(float));
+  for (int64_t i = 0; i < cols; ++i) q[i] = static_cast<int8_t>(std::lrintf(row[i] * inverse));
+}
+
+// 32 numbers as scale · q + offset, and the squared error of that.
+struct Affine {
+  float scale, offset, error;
+  uint8_t q[32];
+};
+
+// With scale and offset as f16 holds them.
+Affine round_affine(const float* x, float scale, float offset) {
+  Affine a{half_to_float(float_to_half(scale)), half_to_float(float_to_half(offset)), 0, {}};
+  const float inverse = a.scale != 0 ? 1 / a.scale : 0;
+  for (int i = 0; i < 32; ++i) {
+    const float q = std::min(15.0f, std::max(0.0f, (x[i] - a.offset) * inverse + 0.5f));
+    a.q[i] = static_cast<uint8_t>(q);
+    const float miss = x[i] - (a.scale * static_cast<float>(a.q[i]) + a.offset);
+    a.error += miss * miss;
   }
-  const auto convert = format == Format::F16 ? float_to_half : float_to_bfloat16;
+  return a;
+}
+
+// The scale and offset of least squared error for given quants: a line through 32 points.
+Affine fit_affine(const float* x, const Affine& a) {
+  float sum_q = 0, sum_qq = 0, sum_x = 0, sum_qx = 0;
+  for (int i = 0; i < 32; ++i) {
+    const float q = a.q[i];
+    sum_q += q;
+    sum_qq += q * q;
+    sum_x += x[i];
+    sum_qx += q * x[i];
+  }
+  const float spread = 32 * sum_qq - sum_q * sum_q;
+  if (spread == 0) return a;
+  const float scale = (32 * sum_qx - sum_q * sum_x) / spread;
+  return round_affine(x, scale, (sum_x - scale * sum_q) / 32);
+}
+
+// Starts from a few ranges narrower than that of the numbers, which round most of them more finely.
+BlockQ4_1 quantize_q4_1(const float* x) {
+  const auto [low, high] = std::minmax_element(x, x + 32);
+  Affine best = round_affine(x, (*high - *low) / 15, *low);
+  for (const float shrink : {0.0f, 0.05f, 0.1f, 0.15f}) {
+    const float range = (*high - *low) * (1 - 2 * shrink);
+    const Affine a = fit_affine(x, round_affine(x, range / 15, *low + (*high - *low) * shrink));
+    if (a.error < best.error) best = a;
+  }
+  BlockQ4_1 block{float_to_half(best.scale), float_to_half(best.offset), {}};
+  for (int i = 0; i < 16; ++i) block.q[i] = static_cast<uint8_t>(best.q[i] | best.q[16 + i] << 4);
+  return block;
+}
+
+}  // namespace
+
+void quantize_row(Format format, const float* row, void* out, int64_t cols) {
   auto* bytes = static_cast<std::byte*>(out);
-  for (int64_t i = 0; i < cols; ++i) {
-    const uint16_t value = convert(row[i]);
-    std::memcpy(bytes + static_cast<size_t>(i) * sizeof value, &value, sizeof value);
+  const size_t size = row_bytes(format, cols);
+  switch (format) {
+    case Format::F32:
+      std::memcpy(out, row, size);
+      return;
+    case Format::F16:
+      for (int64_t i = 0; i < cols; ++i) write(bytes, i, float_to_half(row[i]));
+      return;
+    case Format::BF16:
+      for (int64_t i = 0; i < cols; ++i) write(bytes, i, float_to_bfloat16(row[i]));
+      return;
+    case Format::INT8:
+      return quantize_int8(row, bytes, cols);
+    case Format::Q4_1:
+      for (int64_t b = 0; b < cols / 32; ++b) write(bytes, b, quantize_q4_1(row + 32 * b));
+      return;
+    default:
+      check(false, "nothing is quantised to this format");
   }
 }
 

@@ -8,9 +8,10 @@
 
 namespace engine {
 
-enum class Format : uint8_t { F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q4_K, Q5_K, Q6_K };
+enum class Format : uint8_t { F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q4_K, Q5_K, Q6_K, INT8 };
 
-inline constexpr int kNumFormats = 11;
+inline constexpr int kNumStoredFormats = 11;  // that checkpoints have; INT8 is made while loading
+inline constexpr int kNumFormats = 12;
 
 struct BlockQ8_0 {  // 32 weights: d * q
   uint16_t d;       // f16 scale
@@ -67,10 +68,17 @@ struct BlockQ6_K {  // 256 weights in 16 groups of 16: d * scale[g] * (q - 32)
 };
 static_assert(sizeof(BlockQ6_K) == 210);
 
+// A row of INT8: an f32 scale, then a signed byte for each column, w = scale · q. Its columns come in
+// multiples of 32, as what they are multiplied with is quantised. (BlockInt8 stands for 32 of them.)
+struct BlockInt8 {
+  int8_t q[32];
+};
+
 const char* format_name(Format format);
 int block_size(Format format);      // weights in a block; 1 for plain floats
 size_t block_bytes(Format format);  // bytes of a block
 size_t row_bytes(Format format, int64_t cols);
+bool is_plain(Format format);  // F32, F16, BF16
 
 float half_to_float(uint16_t h);
 uint16_t float_to_half(float f);  // round to nearest even
@@ -81,7 +89,8 @@ uint16_t float_to_bfloat16(float f);  // round to nearest even
 // The arithmetic (order and f32 roundings) is that of the `gguf` package's reference, bit for bit.
 void dequantize_row(Format format, const void* row, float* out, int64_t cols);
 
-// The other way for plain floats: `cols` numbers rounded to nearest even into F32, F16 or BF16.
-void quantize_plain_row(Format format, const float* row, void* out, int64_t cols);
+// The other way: `cols` numbers rounded into F32, F16 or BF16 (to nearest even), INT8 (the largest magnitude
+// of the row becomes ±127) or Q4_1 (per block, the scale and offset of least squared error among a few).
+void quantize_row(Format format, const float* row, void* out, int64_t cols);
 
 }  // namespace engine

@@ -38,21 +38,30 @@ void check_tables(const Batch& batch, int32_t num_blocks) {
 }  // namespace
 
 size_t CpuKvCache::head_bytes(const ModelConfig& config, Format format) {
-  check(format <= Format::BF16, "a key/value cache is F32, F16 or BF16");
+  if (format == Format::INT8) {
+    require(config.head_dim % 4 == 0 && config.head_dim <= 512,
+            "a key/value cache of bytes needs heads of a multiple of 4 and at most 512 numbers, not " +
+                std::to_string(config.head_dim));
+    const int per_token = config.head_dim + padded(config.head_dim) + 2 * static_cast<int>(sizeof(float));
+    return static_cast<size_t>(kBlockSize * per_token);
+  }
+  check(is_plain(format), "a key/value cache is F32, F16, BF16 or INT8");
   return row_bytes(format, kBlockSize) * static_cast<size_t>(config.head_dim + padded(config.head_dim));
 }
 
 CpuKvCache::CpuKvCache(const ModelConfig& config, Format cache_format, int32_t blocks)
-    : head_bytes_(head_bytes(config, cache_format)),
-      block_stride_(head_bytes_ * static_cast<size_t>(config.num_key_value_heads)) {
+    : num_heads_(config.num_key_value_heads),
+      head_bytes_(head_bytes(config, cache_format)),
+      block_stride_(head_bytes_ * static_cast<size_t>(num_heads_ * config.num_hidden_layers)) {
   require(blocks > 0, "a key/value cache needs at least one block, not " + std::to_string(blocks));
   format = cache_format;
   num_blocks = blocks;
-  bytes_ = block_stride_ * static_cast<size_t>(blocks) * static_cast<size_t>(config.num_hidden_layers);
+  bytes_ = block_stride_ * static_cast<size_t>(blocks);
   void* memory =
       mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   require(memory != MAP_FAILED,
           "out of memory: the key/value cache takes " + std::to_string(bytes_ >> 20) + " MiB");
+  madvise(memory, bytes_, MADV_HUGEPAGE);  // fewer faults and less address translation; advice: it may fail
   memory_ = static_cast<std::byte*>(memory);
 }
 
@@ -115,7 +124,7 @@ void Attention::rope_store_token(const ModelConfig& config, int layer, int token
   }
   const auto block = static_cast<int32_t>(slots_[token] / kBlockSize);
   const int slot = static_cast<int>(slots_[token] % kBlockSize);
-  const auto store = kernels.store[static_cast<int>(cache.format)];
+  const auto store = kernels.store[cache_index(cache.format)];
   const float* keys = qkv + config.q_size();
   const float* values = keys + config.kv_size();
   for (int head = 0; head < config.num_key_value_heads; ++head)
@@ -237,12 +246,12 @@ void Attention::run_piece(const Call& call, const Piece& piece, int kv_head, Scr
   scratch.states.resize(static_cast<size_t>(rows * call.row_size()));
   scratch.later_states.resize(scratch.states.size());
 
-  kernels.pack(kernel, scratch.packed.data());
+  kernels.pack[cache_index(call.cache.format)](kernel, scratch.packed.data());
   for (int p = piece.first_partition; p < piece.end_partition; ++p) {
     const bool first = p == piece.first_partition;
     float* states =
         tile.split ? partial(call, tile, kv_head, p) : (first ? scratch.states : scratch.later_states).data();
-    const auto attend = kernels.partition[static_cast<int>(call.cache.format)];
+    const auto attend = kernels.partition[cache_index(call.cache.format)];
     attend(kernel, scratch.packed.data(), p, scratch.scores.data(), states);
     if (!tile.split && !first) kernels.combine(scratch.states.data(), states, rows, kernel.head_dim);
   }

@@ -26,9 +26,12 @@ static constexpr int padded(int size) {
   return (size + kLanes - 1) / kLanes * kLanes;
 }
 
-// In memory: (layer, block, key/value head) → keys (head_dim, kBlockSize), then values (kBlockSize,
-// padded(head_dim)). Keys lie transposed, so that a vector holds one number of sixteen keys and a dot product
-// needs no horizontal sum.
+// In memory: (block, layer, key/value head) → keys (head_dim, kBlockSize), then values (kBlockSize,
+// padded(head_dim)). So the blocks in use lie together, whatever the number of layers. Keys lie transposed,
+// so that a vector holds one number of sixteen keys and a dot product needs no horizontal sum.
+//
+// INT8: both as bytes, four columns of a key and four keys of a column to a lane, each followed by their
+// scales (attention_int8.inl).
 class CpuKvCache : public KvCache {
  public:
   CpuKvCache(const ModelConfig& config, Format format, int32_t num_blocks);
@@ -41,13 +44,12 @@ class CpuKvCache : public KvCache {
   size_t block_stride() const { return block_stride_; }
   size_t bytes() const { return bytes_; }
   std::byte* head(int layer, int32_t block, int kv_head) const {
-    return memory_ +
-           (static_cast<size_t>(layer) * static_cast<size_t>(num_blocks) + static_cast<size_t>(block)) *
-               block_stride_ +
-           static_cast<size_t>(kv_head) * head_bytes_;
+    return memory_ + static_cast<size_t>(block) * block_stride_ +
+           static_cast<size_t>(layer * num_heads_ + kv_head) * head_bytes_;
   }
 
  private:
+  int num_heads_;
   size_t head_bytes_, block_stride_, bytes_;
   std::byte* memory_;  // mapped; a page takes memory once it is written
 };
@@ -74,15 +76,20 @@ static constexpr int row_state_size(int head_dim) {
 
 inline constexpr int kPackedRows = 12;  // packed queries are padded to a multiple of it
 
+static constexpr int cache_index(Format format) {
+  return format == Format::INT8 ? 3 : static_cast<int>(format);
+}
+
 struct AttentionKernels {
-  // Stores one token's key and value of one head, (head_dim) each. By format: F32, F16, BF16.
-  void (*store[3])(const float* key, const float* value, int head_dim, int slot, std::byte* head);
-  // The tile's queries in the order in which partition() multiplies them: (num_rows rounded up to
-  // kPackedRows, head_dim).
-  void (*pack)(const AttentionTile& tile, float* packed);
+  // By format of the cache (cache_index()).
+  // Stores one token's key and value of one head, (head_dim) each.
+  void (*store[4])(const float* key, const float* value, int head_dim, int slot, std::byte* head);
+  // The tile's queries as partition() multiplies them, in the room of (num_rows rounded up to kPackedRows,
+  // head_dim) floats.
+  void (*pack[4])(const AttentionTile& tile, float* packed);
   // Attends to keys [kPartition * index, kPartition * (index + 1)); states (num_rows, row_state_size), scores
-  // (num_rows, kPartition) is scratch. By format.
-  void (*partition[3])(const AttentionTile& tile, const float* packed, int index, float* scores,
+  // (num_rows, kPartition) is scratch.
+  void (*partition[4])(const AttentionTile& tile, const float* packed, int index, float* scores,
                        float* states);
   // into = into combined with `from`, whose keys come later.
   void (*combine)(float* into, const float* from, int num_rows, int head_dim);

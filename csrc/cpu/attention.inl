@@ -30,8 +30,21 @@ inline constexpr int kFewRows = kTileSums >= 24 ? 4 : 2, kFewVectors = kTileSums
 
 static_assert(kPackedRows % kRows == 0);
 
+// Calls run<R>(row) for rows [row, end_row), at most kFewRows at a time: each loads keys and values once for
+// all R.
+template <int R = kFewRows, class Run>
+[[gnu::always_inline]] inline void few_rows(int row, int end_row, Run run) {
+  for (; row + R <= end_row; row += R) run.template operator()<R>(row);
+  if constexpr (R > 1) few_rows<R - 1>(row, end_row, run);
+}
+
 inline int num_rows(const AttentionTile& tile) {
   return tile.num_tokens * tile.group;
+}
+
+// The end of the keys that the tile's block table has blocks for.
+inline int last_block_end(const AttentionTile& tile) {
+  return padded(tile.first_position + tile.num_tokens);
 }
 
 template <class Cache>
@@ -107,12 +120,29 @@ void score_blocks(const AttentionTile& tile, const float* packed, int row, int k
   }
 }
 
+// Asks for the values of C blocks, which come next in memory, and for the keys behind them: few rows use them
+// up faster than memory brings them.
+template <class Cache, int C>
+inline void prefetch_blocks(const AttentionTile& tile, int key, int end) {
+  const size_t bytes = static_cast<size_t>(tile.head_dim * kBlockSize) * sizeof(typename Cache::Number);
+  for (int c = 0; c < C; ++c) {
+    const auto* values = reinterpret_cast<const char*>(values_of<Cache>(tile, key + c * kBlockSize));
+    for (size_t line = 0; line < bytes; line += 64) __builtin_prefetch(values + line);
+    const int next = key + (C + c) * kBlockSize;
+    if (next >= end) continue;
+    const auto* keys = reinterpret_cast<const char*>(keys_of<Cache>(tile, next));
+    for (size_t line = 0; line < bytes; line += 64) __builtin_prefetch(keys + line);
+  }
+}
+
 template <class Cache, int R, int C>
 void score_rows(const AttentionTile& tile, const float* packed, int row, int begin, int end, float* scores) {
   const float* queries = packed + row / kRows * (kRows * tile.head_dim) + row % kRows;
   int key = begin;
-  for (; key + C * kBlockSize <= end; key += C * kBlockSize)
+  for (; key + C * kBlockSize <= end; key += C * kBlockSize) {
+    if constexpr (R <= kFewRows) prefetch_blocks<Cache, C>(tile, key, last_block_end(tile));
     score_blocks<Cache, R, C>(tile, queries, row, key, scores + row * kPartition + key % kPartition);
+  }
   for (; key < end; key += kBlockSize)
     score_blocks<Cache, R, 1>(tile, queries, row, key, scores + row * kPartition + key % kPartition);
 }
@@ -124,9 +154,9 @@ void score(const AttentionTile& tile, const float* packed, int begin, int end, f
   int row = 0;
   for (; row + kRows <= rows; row += kRows)
     score_rows<Cache, kRows, kVectors>(tile, packed, row, begin, end, scores);
-  for (; row + kFewRows <= rows; row += kFewRows)
-    score_rows<Cache, kFewRows, kFewVectors>(tile, packed, row, begin, end, scores);
-  for (; row < rows; ++row) score_rows<Cache, 1, kFewVectors>(tile, packed, row, begin, end, scores);
+  few_rows(row, rows, [&]<int R>(int first) {
+    score_rows<Cache, R, kFewVectors>(tile, packed, first, begin, end, scores);
+  });
 }
 
 // Turns the scores [begin, end) of one row into e^(score - max), the rest of their blocks into 0.
@@ -187,9 +217,9 @@ void weigh(const AttentionTile& tile, const float* scores, int row, int end_row,
   if (begin >= end) return;
   for (; row + kRows <= end_row; row += kRows)
     weigh_rows<Cache, kRows, kVectors>(tile, scores, row, begin, end, states);
-  for (; row + kFewRows <= end_row; row += kFewRows)
-    weigh_rows<Cache, kFewRows, kFewVectors>(tile, scores, row, begin, end, states);
-  for (; row < end_row; ++row) weigh_rows<Cache, 1, kFewVectors>(tile, scores, row, begin, end, states);
+  few_rows(row, end_row, [&]<int R>(int first) {
+    weigh_rows<Cache, R, kFewVectors>(tile, scores, first, begin, end, states);
+  });
 }
 
 struct Range {
@@ -213,7 +243,7 @@ inline Range seen(const AttentionTile& tile, int token, int partition) {
 // before those (its window begins earlier) and after (it is a later token) stand alone. Every row adds its
 // keys in ascending order.
 template <class Cache>
-void weigh_seen(const AttentionTile& tile, int partition, const float* scores, float* states) {
+void weigh_seen(const AttentionTile& tile, int partition, float* scores, float* states) {
   const Range earliest = seen(tile, 0, partition), latest = seen(tile, tile.num_tokens - 1, partition);
   Range common = {latest.begin, earliest.end};
   if (common.begin >= common.end) common = {latest.end, latest.end};
@@ -229,6 +259,14 @@ void weigh_seen(const AttentionTile& tile, int partition, const float* scores, f
                  states);
   }
 }
+
+}  // namespace
+}  // namespace engine
+
+#include "cpu/attention_int8.inl"
+
+namespace engine {
+namespace {
 
 template <class Cache>
 void attend_partition(const AttentionTile& tile, const float* packed, int partition, float* scores,
@@ -306,9 +344,10 @@ void rotate(float* x, int num_heads, int head_dim, const float* cos, const float
 }
 
 constexpr AttentionKernels kAttention = {
-    {store_head<F32Cache>, store_head<F16Cache>, store_head<BF16Cache>},
-    pack,
-    {attend_partition<F32Cache>, attend_partition<F16Cache>, attend_partition<BF16Cache>},
+    {store_head<F32Cache>, store_head<F16Cache>, store_head<BF16Cache>, store_head_int8},
+    {pack, pack, pack, pack_int8},
+    {attend_partition<F32Cache>, attend_partition<F16Cache>, attend_partition<BF16Cache>,
+     attend_partition<Int8Cache>},
     combine,
     finish,
     rotate,

@@ -110,7 +110,7 @@ size_t CpuDevice::memory_available() const {
 }
 
 std::unique_ptr<Weight> CpuDevice::pack(std::span<const Tensor> sources, std::span<const float> bias) {
-  return pack_weight(pool_, sources, bias, arithmetic_);
+  return pack_weight(pool_, arena_, sources, bias, arithmetic_);
 }
 
 std::unique_ptr<Buffer> CpuDevice::upload(std::span<const float> host) {

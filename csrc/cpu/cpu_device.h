@@ -52,6 +52,7 @@ class CpuDevice : public Device {
   const Kernels& kernels_;
   Arithmetic arithmetic_;
   ThreadPool pool_;
+  Arena arena_;
   QuantisedRows quantised_;  // what linear() multiplies
   Attention attention_;
   Sampler sampler_;

@@ -18,12 +18,14 @@ inline constexpr int kLanes =
 struct LinearKernels;     // linear.h
 struct AttentionKernels;  // attention.h
 struct PointwiseKernels;  // pointwise.h
+struct PeakKernels;       // peak.h
 
 struct Kernels {
   const char* name;  // "scalar", "avx2", "avx512", "avx512vnni"
   const LinearKernels* linear;
   const AttentionKernels* attention;
   const PointwiseKernels* pointwise;
+  const PeakKernels* peak;
 };
 
 // Best first; only those that this CPU and operating system can run.

@@ -8,27 +8,30 @@
 namespace engine {
 namespace {
 
-// Rows that one task multiplies: enough to pay for expanding the weights, few enough that their activations
-// and sums stay in the second-level cache.
-constexpr int kTaskTiles = 192 / kRowTile;
-constexpr int kExpandCols = 128;  // columns that embed() expands at a time
+constexpr int64_t kTasksPerThread = 4;              // so that the slowest thread leaves little to wait for
+constexpr int64_t kTaskBytes = int64_t{512} << 10;  // of activations: they stay in the second-level cache
+constexpr int kExpandCols = 128;                    // columns that embed() expands at a time
 
 int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }
 
-// How panels [0, num_panels) are cut into runs of at most kTaskPanels: evenly, so that no thread waits for
-// long, but for pairs, which a kernel takes at once.
+// How panels [0, num_panels) are cut into runs: evenly, and in pairs, which a kernel takes at once.
 struct Division {
   int64_t num_panels;
   int64_t num_runs;
   Division(int64_t panels, int threads)
-      : num_panels(panels),
-        num_runs(std::min(ceil_div(panels, 2), ceil_div(ceil_div(panels, kTaskPanels), threads) * threads)) {}
+      : num_panels(panels), num_runs(std::min(ceil_div(panels, 2), threads * kTasksPerThread)) {}
   int64_t first(int64_t run) const {
     return std::min(num_panels, run * ceil_div(num_panels, 2) / num_runs * 2);
   }
 };
+
+// Row tiles that one task multiplies: enough to pay for unpacking the weights.
+int64_t tiles_per_task(int64_t cols) {
+  return std::max<int64_t>(1,
+                           kTaskBytes / (ceil_div(cols, 32) * static_cast<int64_t>(sizeof(QuantisedTile))));
+}
 
 // What panels [first, last) of one segment are to a row of y.
 LinearTask panels_of(const PackedWeight& weight, const Segment& segment, int64_t first, int64_t last) {
@@ -48,8 +51,8 @@ LinearTask panels_of(const PackedWeight& weight, const Segment& segment, int64_t
 
 // What is multiplied, in both forms.
 struct Input {
-  const float* x;                   // (n, cols)
-  const QuantisedGroup* quantised;  // (row tiles, cols / 32, kRowTile); null where no weight takes it
+  const float* x;                  // (n, cols)
+  const QuantisedTile* quantised;  // (row tiles, cols / 32); null where no weight takes it
   int n;
 };
 
@@ -64,7 +67,7 @@ void multiply(const Kernels& kernels, const PackedWeight& weight, int64_t first,
     if (begin >= end) continue;
     LinearTask task = panels_of(weight, s, begin, end);
     task.x = in.x + first_row * weight.cols;
-    if (s.arithmetic == Arithmetic::INT8) task.quantised = in.quantised + first_row * (weight.cols / 32);
+    if (s.arithmetic == Arithmetic::INT8) task.quantised = in.quantised + first_tile * (weight.cols / 32);
     task.y = y + first_row * weight.rows + s.first_row + begin * kLanes;
     task.num_rows = last_row - first_row;
     kernels.linear->multiply(task);
@@ -72,15 +75,15 @@ void multiply(const Kernels& kernels, const PackedWeight& weight, int64_t first,
 }
 
 // Null where every segment is multiplied exactly.
-const QuantisedGroup* quantise(const Kernels& kernels, ThreadPool& pool, const PackedWeight& weight,
-                               const float* x, int n, QuantisedRows& out) {
+const QuantisedTile* quantise(const Kernels& kernels, ThreadPool& pool, const PackedWeight& weight,
+                              const float* x, int n, QuantisedRows& out) {
   if (!weight.takes_int8()) return nullptr;
-  const int64_t tiles = ceil_div(n, kRowTile), tile_groups = weight.cols / 32 * kRowTile;
-  if (out.size() < static_cast<size_t>(tiles * tile_groups)) out.resize(tiles * tile_groups);
+  const int64_t tiles = ceil_div(n, kRowTile), groups = weight.cols / 32;
+  if (out.size() < static_cast<size_t>(tiles * groups)) out.resize(static_cast<size_t>(tiles * groups));
   pool.run(static_cast<int>(tiles), [&](int tile, int) {
     const int row = tile * kRowTile;
     kernels.linear->quantise(x + row * weight.cols, weight.cols, std::min(kRowTile, n - row),
-                             out.data() + tile * tile_groups);
+                             out.data() + tile * groups);
   });
   return out.data();
 }
@@ -92,7 +95,7 @@ void linear(const Kernels& kernels, ThreadPool& pool, const Weight& weight, cons
   const auto& packed = static_cast<const PackedWeight&>(weight);
   const Input in{x, quantise(kernels, pool, packed, x, n, scratch), n};
   const Division panels(packed.num_panels, pool.size());
-  const int64_t tiles = ceil_div(n, kRowTile), row_runs = ceil_div(tiles, kTaskTiles);
+  const int64_t tiles = ceil_div(n, kRowTile), row_runs = ceil_div(tiles, tiles_per_task(packed.cols));
   pool.run(static_cast<int>(panels.num_runs * row_runs), [&](int task, int) {
     const int64_t run = task % panels.num_runs, row_run = task / panels.num_runs;
     const int first_tile = static_cast<int>(row_run * tiles / row_runs);

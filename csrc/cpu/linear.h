@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "base/tensor.h"
+#include "cpu/arena.h"
 #include "cpu/kernels.h"
 #include "cpu/thread_pool.h"
 #include "device/device.h"
@@ -22,50 +23,47 @@ namespace engine {
 
 inline constexpr int kRowTile = 8;  // rows whose quantised groups lie together
 
-// 32 columns of one row of activations: x ≈ scale · q with q = -127 … 127, the largest of them ±127. A cache
-// line, with all that a multiply needs of them.
-struct alignas(64) QuantisedGroup {
-  int8_t q[32];
-  float scale;
-  float sum;                             // scale · Σq, for weights with an offset
-  int32_t minus_8, minus_16, minus_128;  // so many times Σq, for weights with a zero point
-  int32_t minus_32[2];                   // of columns 0 … 15 and 16 … 31
+// 32 columns of kRowTile rows of activations: x ≈ scale · q with q = -127 … 127, the largest of them ±127.
+struct alignas(64) QuantisedTile {
+  int32_t q[8][kRowTile];  // bytes of four consecutive columns
+  float scale[kRowTile];
+  float sum[kRowTile];         // scale · Σq, for weights with an offset
+  int32_t minus[3][kRowTile];  // -Σq of all columns, of the first 16, of the last 16: for weights with a zero
+                               // point
 };
-static_assert(sizeof(QuantisedGroup) == 64);
+static_assert(sizeof(QuantisedTile) == 448);
 
-// Where linear() puts quantised activations, (row tiles, cols / 32, kRowTile); it grows to the largest need.
-using QuantisedRows = std::vector<QuantisedGroup>;
+// Where linear() puts quantised activations, (row tiles, cols / 32); it grows to the largest need.
+using QuantisedRows = std::vector<QuantisedTile>;
 
 // One thread's share: a run of panels times a run of rows.
 struct LinearTask {
   Format format;
   const std::byte* panels;  // (num_panels, panel_bytes)
   size_t panel_bytes;
-  int num_panels;    // at most kTaskPanels
+  int num_panels;
   int num_channels;  // of the panels' 16 · num_panels that exist
   int64_t cols;
-  const float* bias;                // (num_channels) or null
-  const float* x;                   // (num_rows, cols)
-  const QuantisedGroup* quantised;  // x as (row tiles, cols / 32, kRowTile), or null: multiply exactly
+  const float* bias;               // (num_channels) or null
+  const float* x;                  // (num_rows, cols)
+  const QuantisedTile* quantised;  // x as (row tiles, cols / 32), or null: multiply exactly
   int num_rows;
   float* y;  // (num_rows, num_channels), rows y_stride apart
   int64_t y_stride;
 };
-
-inline constexpr int kTaskPanels = 4;
 
 struct LinearKernels {
   void (*multiply)(const LinearTask& task);
   // out (end - begin, 16): columns begin to end of one panel, as floats. Both ends are multiples of 32, or of
   // 1 for plain floats.
   void (*expand)(Format format, const std::byte* panel, int64_t begin, int64_t end, float* out);
-  // x (rows, cols) to out (cols / 32, kRowTile); at most kRowTile rows, cols a multiple of 32.
-  void (*quantise)(const float* x, int64_t cols, int rows, QuantisedGroup* out);
+  // x (rows, cols) to out (cols / 32); at most kRowTile rows, cols a multiple of 32.
+  void (*quantise)(const float* x, int64_t cols, int rows, QuantisedTile* out);
 };
 
 // The sources stacked by rows, each in its own format. They agree in `cols`; `bias` has one number per row or
 // is empty. `arithmetic` says how quantised ones are multiplied.
-std::unique_ptr<Weight> pack_weight(ThreadPool& pool, std::span<const Tensor> sources,
+std::unique_ptr<Weight> pack_weight(ThreadPool& pool, Arena& arena, std::span<const Tensor> sources,
                                     std::span<const float> bias, Arithmetic arithmetic);
 
 // y (n, weight.rows) = x (n, weight.cols) · weightᵀ + bias.

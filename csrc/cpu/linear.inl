@@ -14,9 +14,9 @@ constexpr int kChunk = 128;  // columns expanded at a time: 4 panels take 32 KiB
 // A product of a quant and its scale is exact (at most 24 bits), so one rounding remains, that of the offset,
 // and the result is dequantize_row()'s with and without fused multiply-add.
 template <class Block>
-inline void expand_group(const Panel<Block>& p, int group, float* out) {
+inline void expand_group(const Panel<Block>& p, int group, F32x16 channels, float* out) {
   using Layout = BlockLayout<Block>;
-  const F32x16 s = scale(p, group) * broadcast(kByteScale);
+  const F32x16 s = scale(p, group) * channels * broadcast(kByteScale);
   const F32x16 t = offset(p, group);
 #pragma GCC unroll 8
   for (int four = 0; four < Layout::kGroup / 4; ++four, out += 64) {
@@ -31,9 +31,10 @@ inline void expand_group(const Panel<Block>& p, int group, float* out) {
 template <class Block>
 void expand_quantised(const std::byte* panel, int64_t begin, int64_t end, float* out) {
   using Layout = BlockLayout<Block>;
-  const auto* p = reinterpret_cast<const Panel<Block>*>(panel);
+  const auto* p = blocks_of<Block>(panel);
+  const F32x16 channels = kPerChannel<Block> ? channel_scale(panel) : broadcast(1);
   for (int64_t k = begin; k < end; k += Layout::kGroup, out += 16 * Layout::kGroup) {
-    expand_group(p[k / Layout::kCols], static_cast<int>(k % Layout::kCols / Layout::kGroup), out);
+    expand_group(p[k / Layout::kCols], static_cast<int>(k % Layout::kCols / Layout::kGroup), channels, out);
   }
 }
 
@@ -104,7 +105,7 @@ void multiply_tile(const Tile& t) {
 
 using TileFunction = void (*)(const Tile&);
 
-constexpr int kMaxRows = 6;
+constexpr int kMaxRows = 6, kMaxPanels = 4;
 
 // Null where the sums of P panels and R rows would not fit the registers.
 template <class Read, int P, int R>
@@ -122,8 +123,8 @@ constexpr TileFunction kTilesOf[kMaxRows] = {tile_function<Read, P, 1>(), tile_f
                                              tile_function<Read, P, 5>(), tile_function<Read, P, 6>()};
 
 template <class Read>
-constexpr const TileFunction* kTiles[kTaskPanels] = {kTilesOf<Read, 1>, kTilesOf<Read, 2>, kTilesOf<Read, 3>,
-                                                     kTilesOf<Read, 4>};
+constexpr const TileFunction* kTiles[kMaxPanels] = {kTilesOf<Read, 1>, kTilesOf<Read, 2>, kTilesOf<Read, 3>,
+                                                    kTilesOf<Read, 4>};
 
 constexpr int kTileRows = kTileSums < kMaxRows ? kTileSums : kMaxRows;
 
@@ -164,7 +165,7 @@ void multiply_in_place(const LinearTask& t) {
 }
 
 void multiply_expanded(const LinearTask& t) {
-  alignas(64) float w[kTaskPanels * 16 * kChunk];
+  alignas(64) float w[kMaxPanels * 16 * kChunk];
   for (int64_t begin = 0; begin < t.cols; begin += kChunk) {
     const int64_t end = chunk_end(t, begin);
     for (int p = 0; p < t.num_panels; ++p) {
@@ -174,17 +175,42 @@ void multiply_expanded(const LinearTask& t) {
   }
 }
 
-void multiply(const LinearTask& t) {
+// At most kMaxPanels panels.
+void multiply_exactly(const LinearTask& t) {
   for (int r = 0; r < t.num_rows; ++r) {
     for (int i = 0; i < t.num_channels; ++i) t.y[r * t.y_stride + i] = t.bias ? t.bias[i] : 0.0f;
   }
   // With few rows a conversion is cheaper on the way, again for each tile, than in advance.
   const bool convert_on_the_way = t.num_rows <= 2 * kTileRows;
-  if (t.quantised) return multiply_int8(t);
   if (t.format == Format::F32) return multiply_in_place<ReadF32>(t);
   if (t.format == Format::F16 && convert_on_the_way) return multiply_in_place<ReadF16>(t);
   if (t.format == Format::BF16 && convert_on_the_way) return multiply_in_place<ReadBF16>(t);
   multiply_expanded(t);
+}
+
+// Panels [first, first + count) of a task's.
+LinearTask panels_of(LinearTask t, int first, int count) {
+  t.panels += static_cast<size_t>(first) * t.panel_bytes;
+  t.num_panels = min_int(count, t.num_panels - first);
+  t.num_channels = min_int(16 * count, t.num_channels - 16 * first);
+  if (t.bias) t.bias += 16 * first;
+  t.y += 16 * first;
+  return t;
+}
+
+// What is asked for in one go comes at the full speed of memory, what is waited for piece by piece does not.
+void prefetch_start(const LinearTask& t, int at_once) {
+  const int64_t bytes = ahead_of(panels_of(t, 0, at_once));
+  for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(t.panels + line);
+}
+
+void multiply(const LinearTask& t) {
+  const int at_once = t.quantised ? (t.num_rows == 1 ? 1 : kInt8Panels) : kMaxPanels;
+  if (t.quantised) prefetch_start(t, at_once);
+  for (int p = 0; p < t.num_panels; p += at_once) {
+    const LinearTask part = panels_of(t, p, at_once);
+    t.quantised ? multiply_int8(part) : multiply_exactly(part);
+  }
 }
 
 constexpr LinearKernels kLinear = {multiply, expand, quantise};

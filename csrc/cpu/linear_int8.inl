@@ -21,32 +21,35 @@ inline void store_channels(float* y, F32x16 sum, int count) {
   count < 16 ? store_first(y, sum, count) : store(y, sum);
 }
 
-// The largest magnitude below which 127 / largest might overflow: a group of such numbers counts as zeros.
-constexpr float kSmallest = 0x1p-100f;
-
-// An infinity or NaN makes its group's scale NaN, and with it every result of its row.
-inline void quantise_group(const float* x, QuantisedGroup& out) {
-  const F32x16 a = load(x), b = load(x + 16);
-  const float most = reduce_max(max(max(a, zero() - a), max(b, zero() - b)));
-  const F32x16 inverse = broadcast(most > kSmallest ? 127.0f / most : 0.0f);
-  const F32x16 qa = round(a * inverse), qb = round(b * inverse);
-  store_i8(out.q, qa);
-  store_i8(out.q + 16, qb);
-  const float sums[2] = {sum(qa), sum(qb)}, both = sums[0] + sums[1];  // exact, or NaN
-  const bool finite = both - both == 0;
-  out.scale = finite ? most * (1.0f / 127) : __builtin_nanf("");
-  out.sum = out.scale * both;
-  const int whole = finite ? static_cast<int>(both) : 0, half = finite ? static_cast<int>(sums[0]) : 0;
-  out.minus_8 = -8 * whole;
-  out.minus_16 = -16 * whole;
-  out.minus_128 = -128 * whole;
-  out.minus_32[0] = -32 * half;
-  out.minus_32[1] = -32 * (whole - half);
+// The bits of the largest magnitude among 32 numbers; an infinity's or a NaN's are larger than any number's.
+inline int32_t largest_bits(const float* x) {
+  return reduce_max(max(bits(load(x)) & 0x7fffffff, bits(load(x + 16)) & 0x7fffffff));
 }
 
-void quantise(const float* x, int64_t cols, int rows, QuantisedGroup* out) {
-  for (int r = 0; r < rows; ++r, x += cols) {
-    for (int64_t g = 0; g < cols / 32; ++g) quantise_group(x + 32 * g, out[g * kRowTile + r]);
+// 32 columns of one row. An infinity or NaN makes its group's scale NaN, and with it every result of its row.
+inline void quantise_group(const float* x, int r, QuantisedTile& out) {
+  const int32_t most_bits = largest_bits(x);
+  const float most = __builtin_bit_cast(float, most_bits);
+  const bool finite = most_bits < 0x7f800000;
+  const F32x16 inverse = broadcast(finite && most > kSmallest ? 127.0f / most : 0.0f);
+  const F32x16 low = round(load(x) * inverse), high = round(load(x + 16) * inverse);
+  alignas(32) int8_t q[32];
+  store_i8(q, low);
+  store_i8(q + 16, high);
+  for (int i = 0; i < 8; ++i) __builtin_memcpy(&out.q[i][r], q + 4 * i, 4);
+  const int sum_low = finite ? static_cast<int>(sum(low)) : 0;  // exact
+  const int sum_high = finite ? static_cast<int>(sum(high)) : 0;
+  out.minus[0][r] = -(sum_low + sum_high);
+  out.minus[1][r] = -sum_low;
+  out.minus[2][r] = -sum_high;
+  out.scale[r] = finite ? most * (1.0f / 127) : __builtin_nanf("");
+  out.sum[r] = out.scale[r] * static_cast<float>(sum_low + sum_high);
+}
+
+// What rows that do not exist would be in a tile is left as it was.
+void quantise(const float* x, int64_t cols, int rows, QuantisedTile* out) {
+  for (int64_t g = 0; g < cols / 32; ++g) {
+    for (int r = 0; r < rows; ++r) quantise_group(x + r * cols + 32 * g, r, out[g]);
   }
 }
 
@@ -67,11 +70,14 @@ class InPanel {
  public:
   using Format = Int8Layout<Block>;
   InPanel() = default;
-  InPanel(const void* panels, int64_t group)
-      : panel_(static_cast<const Panel<Block>*>(panels) + group / Format::kGroups),
+  // Asks for what lies `ahead` bytes behind the group: a stream from memory that is asked for earlier runs
+  // faster.
+  InPanel(const void* panels, int64_t group, int64_t ahead)
+      : panel_(blocks_of<Block>(panels) + group / Format::kGroups),
         first_(static_cast<int>(group % Format::kGroups) * Format::kScales) {
-    const std::byte* ahead = static_cast<const std::byte*>(panels) + group * kBytes + kAhead;
-    for (int64_t line = 0; line < kBytes; line += 64) __builtin_prefetch(ahead + line);
+    if (ahead == 0) return;
+    const std::byte* next = static_cast<const std::byte*>(panels) + group * kBytes + ahead;
+    for (int64_t line = 0; line < kBytes; line += 64) __builtin_prefetch(next + line);
   }
   I32x16 four(int s, int i) const { return quants(*panel_, first_ + s, i); }
   F32x16 scale_of(int s) const { return scale(*panel_, first_ + s); }
@@ -79,116 +85,95 @@ class InPanel {
 
  private:
   static constexpr int64_t kBytes = sizeof(Panel<Block>) / Format::kGroups;  // of a group, on average
-  static constexpr int64_t kAhead = 2048;  // a stream from memory that is asked for earlier runs faster
 
   const Panel<Block>* panel_;
   int first_;
 };
 
-// Unpacked once for many rows.
-template <class Block>
-struct UnpackedGroup {
-  alignas(64) uint32_t q[8][16];
-  float scale[Int8Layout<Block>::kScales][16];
-  float offset[16];
-};
-
-template <class Block>
-class Unpacked {
- public:
-  Unpacked() = default;
-  Unpacked(const void* groups, int64_t group)
-      : group_(static_cast<const UnpackedGroup<Block>*>(groups) + group) {}
-  I32x16 four(int s, int i) const { return load_i32(group_->q[s * Int8Layout<Block>::kFours + i]); }
-  F32x16 scale_of(int s) const { return load(group_->scale[s]); }
-  F32x16 offset_of() const { return load(group_->offset); }
-
- private:
-  const UnpackedGroup<Block>* group_;
-};
-
-template <class Block>
-void unpack_group(const InPanel<Block>& from, UnpackedGroup<Block>& to) {
-  using Format = Int8Layout<Block>;
-  for (int s = 0; s < Format::kScales; ++s) {
-    for (int i = 0; i < Format::kFours; ++i) store_i32(to.q[s * Format::kFours + i], from.four(s, i));
-    store(to.scale[s], from.scale_of(s));
-  }
-  if constexpr (Format::kHasOffset) store(to.offset, from.offset_of());
-}
-
 // -zero · Σq: where a sum of q · quant starts that is to end as the sum of q · (quant - zero).
-template <int Zero>
-inline I32x16 start_of(const QuantisedGroup& x, int s) {
-  if constexpr (Zero == 0) return zero_i32();
-  if constexpr (Zero == 8) return broadcast_i32(&x.minus_8);
-  if constexpr (Zero == 16) return broadcast_i32(&x.minus_16);
-  if constexpr (Zero == 32) return broadcast_i32(&x.minus_32[s]);
-  if constexpr (Zero == 128) return broadcast_i32(&x.minus_128);
+template <class Block>
+inline I32x16 start_of(const QuantisedTile& x, int row, int s) {
+  constexpr int zero = BlockLayout<Block>::kZero;
+  if constexpr (zero == 0) return zero_i32();
+  const int part = Int8Layout<Block>::kScales == 1 ? 0 : 1 + s;
+  return shift_left(broadcast_i32(&x.minus[part][row]), __builtin_ctz(zero | 1 << 8));
 }
 
 struct Int8Tile {
-  const std::byte* w;  // InPanel's or Unpacked's, panels w_stride bytes apart
+  const std::byte* w;  // panels, w_stride bytes apart
   size_t w_stride;
+  int64_t ahead;  // bytes by which weights are asked for in advance; 0: they are there
   int64_t groups;
-  const QuantisedGroup* x;  // (groups, kRowTile)
-  float* y;                 // (R, channels), rows y_stride apart
+  const QuantisedTile* x;  // (groups)
+  int first_row;           // of each one's kRowTile
+  const float* bias;       // (channels) or null
+  float* y;                // (R, channels), rows y_stride apart
   int64_t y_stride;
   int channels;  // of the 16 · P that exist
 };
 
 // sum += scale · x.scale · Σ x.q · (quant - zero) for scale number s of 32 columns.
-template <class Block, int P, int R, class Weights>
-inline void add_products(const Weights (&w)[P], const QuantisedGroup* x, int s, F32x16 (&sum)[R][P]) {
+template <class Block, int P, int R>
+inline void add_products(const InPanel<Block> (&w)[P], const QuantisedTile& x, int row, int s,
+                         F32x16 (&sum)[R][P]) {
   using Format = Int8Layout<Block>;
   I32x16 dots[R][P];
   for (int r = 0; r < R; ++r) {
-    for (int p = 0; p < P; ++p) dots[r][p] = start_of<BlockLayout<Block>::kZero>(x[r], s);
+    for (int p = 0; p < P; ++p) dots[r][p] = start_of<Block>(x, row + r, s);
   }
 #pragma GCC unroll 8
   for (int i = 0; i < Format::kFours; ++i) {
     I32x16 four[P];
     for (int p = 0; p < P; ++p) four[p] = w[p].four(s, i);
     for (int r = 0; r < R; ++r) {
-      const I32x16 q = broadcast_i32(x[r].q + 4 * (s * Format::kFours + i));
+      const I32x16 q = broadcast_i32(&x.q[s * Format::kFours + i][row + r]);
       for (int p = 0; p < P; ++p) dots[r][p] = add_dot<Format::kSmallQuants>(dots[r][p], four[p], q);
     }
   }
   F32x16 scale[P];
   for (int p = 0; p < P; ++p) scale[p] = w[p].scale_of(s);
   for (int r = 0; r < R; ++r) {
-    const F32x16 x_scale = broadcast(x[r].scale);
-    for (int p = 0; p < P; ++p) sum[r][p] = fma(to_float(dots[r][p]) * scale[p], x_scale, sum[r][p]);
+    const F32x16 x_scale = broadcast(x.scale[row + r]);
+    for (int p = 0; p < P; ++p) {
+      const F32x16 dot = to_float(dots[r][p]);
+      sum[r][p] = fma(kPerChannel<Block> ? dot : dot * scale[p], x_scale, sum[r][p]);
+    }
   }
 }
 
 // sum += offset · x.sum
-template <int P, int R, class Weights>
-inline void add_offsets(const Weights (&w)[P], const QuantisedGroup* x, F32x16 (&sum)[R][P]) {
+template <class Block, int P, int R>
+inline void add_offsets(const InPanel<Block> (&w)[P], const QuantisedTile& x, int row, F32x16 (&sum)[R][P]) {
   F32x16 offset[P];
   for (int p = 0; p < P; ++p) offset[p] = w[p].offset_of();
   for (int r = 0; r < R; ++r) {
-    const F32x16 x_sum = broadcast(x[r].sum);
+    const F32x16 x_sum = broadcast(x.sum[row + r]);
     for (int p = 0; p < P; ++p) sum[r][p] = fma(offset[p], x_sum, sum[r][p]);
   }
 }
 
-// y += x · wᵀ for P panels and R rows, whose sums stay in registers.
-template <class Block, template <class> class Weights, int P, int R>
+// y = bias + x · wᵀ for P panels and R rows, whose sums stay in registers. Scales of whole channels come
+// last.
+template <class Block, int P, int R>
 void multiply_tile_int8(const Int8Tile& t) {
-  F32x16 sum[R][P];
-  for (int r = 0; r < R; ++r) {
-    for (int p = 0; p < P; ++p) sum[r][p] = load_channels(t.y + r * t.y_stride + 16 * p, t.channels - 16 * p);
+  F32x16 sum[R][P], bias[P];
+  for (int p = 0; p < P; ++p) {
+    bias[p] = t.bias ? load_channels(t.bias + 16 * p, t.channels - 16 * p) : zero();
+    for (int r = 0; r < R; ++r) sum[r][p] = kPerChannel<Block> ? zero() : bias[p];
   }
-  const QuantisedGroup* x = t.x;
-  for (int64_t group = 0; group < t.groups; ++group, x += kRowTile) {
-    Weights<Block> w[P];
-    for (int p = 0; p < P; ++p) w[p] = {t.w + static_cast<size_t>(p) * t.w_stride, group};
-    for (int s = 0; s < Int8Layout<Block>::kScales; ++s) add_products<Block>(w, x, s, sum);
-    if constexpr (Int8Layout<Block>::kHasOffset) add_offsets(w, x, sum);
+  const int row = R == kRowTile ? 0 : t.first_row;
+  for (int64_t group = 0; group < t.groups; ++group) {
+    InPanel<Block> w[P];
+    for (int p = 0; p < P; ++p) w[p] = {t.w + static_cast<size_t>(p) * t.w_stride, group, t.ahead};
+    for (int s = 0; s < Int8Layout<Block>::kScales; ++s) add_products<Block>(w, t.x[group], row, s, sum);
+    if constexpr (Int8Layout<Block>::kHasOffset) add_offsets(w, t.x[group], row, sum);
   }
-  for (int r = 0; r < R; ++r) {
-    for (int p = 0; p < P; ++p) store_channels(t.y + r * t.y_stride + 16 * p, sum[r][p], t.channels - 16 * p);
+  for (int p = 0; p < P; ++p) {
+    for (int r = 0; r < R; ++r) {
+      if constexpr (kPerChannel<Block>)
+        sum[r][p] = fma(sum[r][p], channel_scale(t.w + static_cast<size_t>(p) * t.w_stride), bias[p]);
+      store_channels(t.y + r * t.y_stride + 16 * p, sum[r][p], t.channels - 16 * p);
+    }
   }
 }
 
@@ -197,82 +182,49 @@ using Int8Function = void (*)(const Int8Tile&);
 // Sums, integer and float, that fit the registers: two panels share what is loaded of x.
 constexpr int kInt8Panels = kTileSums < 24 ? 1 : 2;
 constexpr int kInt8Rows = kTileSums < 3 ? 1 : kTileSums / 3;
-static_assert(kRowTile % kInt8Rows == 0 && kTaskPanels % kInt8Panels == 0);
+static_assert(kRowTile % kInt8Rows == 0);
 
 // Null where the registers do not suffice.
-template <class Block, template <class> class Weights, int P, int R>
+template <class Block, int P, int R>
 constexpr Int8Function int8_tile() {
   if constexpr (P <= kInt8Panels && R <= kInt8Rows) {
-    return multiply_tile_int8<Block, Weights, P, R>;
+    return multiply_tile_int8<Block, P, R>;
   } else {
     return nullptr;
   }
 }
 
-template <class Block, template <class> class Weights, int P>
+template <class Block, int P>
 constexpr Int8Function kInt8TilesOf[kRowTile] = {
-    int8_tile<Block, Weights, P, 1>(), int8_tile<Block, Weights, P, 2>(), int8_tile<Block, Weights, P, 3>(),
-    int8_tile<Block, Weights, P, 4>(), int8_tile<Block, Weights, P, 5>(), int8_tile<Block, Weights, P, 6>(),
-    int8_tile<Block, Weights, P, 7>(), int8_tile<Block, Weights, P, 8>()};
+    int8_tile<Block, P, 1>(), int8_tile<Block, P, 2>(), int8_tile<Block, P, 3>(), int8_tile<Block, P, 4>(),
+    int8_tile<Block, P, 5>(), int8_tile<Block, P, 6>(), int8_tile<Block, P, 7>(), int8_tile<Block, P, 8>()};
 
-template <class Block, template <class> class Weights>
-constexpr const Int8Function* kInt8Tiles[2] = {kInt8TilesOf<Block, Weights, 1>,
-                                               kInt8TilesOf<Block, Weights, 2>};
+template <class Block>
+constexpr const Int8Function* kInt8Tiles[2] = {kInt8TilesOf<Block, 1>, kInt8TilesOf<Block, 2>};
 
-// Where row `row` begins among the quantised groups.
-inline const QuantisedGroup* quantised_row(const LinearTask& t, int row) {
-  return t.quantised + row / kRowTile * (t.cols / 32) * kRowTile + row % kRowTile;
+// Panels that are read side by side end together: then the next ones' beginnings should be there.
+inline int64_t ahead_of(const LinearTask& t) {
+  constexpr int64_t nearby = 4096, farthest = int64_t{64} << 10;
+  const auto next = static_cast<int64_t>(t.panel_bytes) * t.num_panels;
+  return t.num_panels > 1 && next <= farthest ? next : nearby;
 }
 
-// A run of a task's panels that one kernel takes at once.
-struct PanelRun {
-  const std::byte* panels;
-  int count;
-  float* y;
-  int channels;
-};
-
-// Groups [begin, begin + groups) of all rows.
-template <class Block, template <class> class Weights>
-void multiply_groups(const LinearTask& t, const PanelRun& run, const void* w, size_t w_stride, int64_t begin,
-                     int64_t groups) {
+// At most kInt8Panels panels. They stay in the first-level cache from one tile of rows to the next.
+void multiply_int8(const LinearTask& t) {
   for (int row = 0; row < t.num_rows; row += kInt8Rows) {
     const int rows = min_int(kInt8Rows, t.num_rows - row);
-    kInt8Tiles<Block, Weights>[run.count - 1][rows - 1]({static_cast<const std::byte*>(w), w_stride, groups,
-                                                         quantised_row(t, row) + begin * kRowTile,
-                                                         run.y + row * t.y_stride, t.y_stride, run.channels});
-  }
-}
-
-constexpr int kUnpackRows = 2 * kInt8Rows;  // from here on unpacking pays
-constexpr int kUnpackGroups = 16;  // at a time: with a tile's activations they stay in the first-level cache
-
-template <class Block>
-void multiply_unpacked(const LinearTask& t, const PanelRun& run) {
-  UnpackedGroup<Block> w[kInt8Panels][kUnpackGroups];
-  for (int64_t begin = 0; begin < t.cols / 32; begin += kUnpackGroups) {
-    const int groups = min_int(kUnpackGroups, static_cast<int>(t.cols / 32 - begin));
-    for (int p = 0; p < run.count; ++p) {
-      const std::byte* panel = run.panels + static_cast<size_t>(p) * t.panel_bytes;
-      for (int g = 0; g < groups; ++g) unpack_group(InPanel<Block>(panel, begin + g), w[p][g]);
-    }
-    multiply_groups<Block, Unpacked>(t, run, w, sizeof w[0], begin, groups);
-  }
-}
-
-template <class Block>
-void multiply_run(const LinearTask& t, const PanelRun& run) {
-  if (t.num_rows >= kUnpackRows)
-    multiply_unpacked<Block>(t, run);
-  else
-    multiply_groups<Block, InPanel>(t, run, run.panels, t.panel_bytes, 0, t.cols / 32);
-}
-
-void multiply_int8(const LinearTask& t) {
-  for (int p = 0; p < t.num_panels; p += kInt8Panels) {
-    const PanelRun run{t.panels + static_cast<size_t>(p) * t.panel_bytes,
-                       min_int(kInt8Panels, t.num_panels - p), t.y + 16 * p, t.num_channels - 16 * p};
-    visit_block(t.format, [&]<class Block>(Block) { multiply_run<Block>(t, run); });
+    Int8Tile tile{};
+    tile.w = t.panels;
+    tile.w_stride = t.panel_bytes;
+    tile.ahead = row == 0 ? ahead_of(t) : 0;
+    tile.groups = t.cols / 32;
+    tile.x = t.quantised + row / kRowTile * tile.groups;
+    tile.first_row = row % kRowTile;
+    tile.bias = t.bias;
+    tile.y = t.y + row * t.y_stride;
+    tile.y_stride = t.y_stride;
+    tile.channels = t.num_channels;
+    visit_block(t.format, [&]<class Block>(Block) { kInt8Tiles<Block>[t.num_panels - 1][rows - 1](tile); });
   }
 }
 

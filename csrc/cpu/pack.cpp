@@ -1,6 +1,4 @@
 // From rows of blocks, as a checkpoint has them, to the panels that linear.inl reads.
-#include <sys/mman.h>
-
 #include <algorithm>
 #include <bit>
 #include <cstring>
@@ -17,8 +15,6 @@ static_assert(std::endian::native == std::endian::little, "panels hold columns a
 
 constexpr int64_t kPackCols =
     256;  // packed at a time, so that the panel's part stays in the first-level cache
-constexpr size_t kCacheLine = 64;
-constexpr size_t kHugePage = size_t{2} << 20;
 
 template <class T>
 T read(const std::byte* data) {
@@ -89,11 +85,20 @@ void pack_scales(const Block& b, Panel<Block>& p, int lane) {
   }
 }
 
+void pack_quants(const uint8_t* q, Panel<BlockInt8>& p, int, int lane) {
+  for (int i = 0; i < 8; ++i) p.q[i][lane] = four(q, i);
+}
+void pack_scales(const BlockInt8&, Panel<BlockInt8>&, int) {}
+
 // Columns [begin, end) of one channel.
 template <class Block>
 void pack_quantised(const std::byte* row, int64_t begin, int64_t end, int lane, std::byte* out) {
   using Layout = BlockLayout<Block>;
-  auto* panels = reinterpret_cast<Panel<Block>*>(out);
+  if constexpr (kHeaderBytes<Block> > 0) {  // the row begins with its scale
+    std::memcpy(out + static_cast<size_t>(lane) * sizeof(float), row, sizeof(float));
+    row += sizeof(float);
+  }
+  auto* panels = reinterpret_cast<Panel<Block>*>(out + kHeaderBytes<Block>);
   for (int64_t b = begin / Layout::kCols; b < end / Layout::kCols; ++b) {
     const auto block = read<Block>(row + static_cast<size_t>(b) * sizeof(Block));
     pack_scales(block, panels[b], lane);
@@ -123,40 +128,45 @@ void pack_channel(Format format, const std::byte* row, int64_t begin, int64_t en
   }
 }
 
-// Panel number `index` of a source. Channels beyond its last row are zeros.
-void pack_panel(const Tensor& source, int64_t index, std::byte* out, size_t out_bytes) {
+// Rows [first, first + count) in the source's target format: a view of itself, or what `storage` then holds.
+Tensor converted(const Tensor& source, int64_t first, int64_t count, std::vector<std::byte>& storage) {
+  const size_t from = row_bytes(source.format, source.cols), to = row_bytes(source.target, source.cols);
+  const std::byte* rows = source.data + static_cast<size_t>(first) * from;
+  if (source.format == source.target) return {source.name, source.format, count, source.cols, rows};
+  storage.resize(static_cast<size_t>(count) * to);
+  std::vector<float> row(static_cast<size_t>(source.cols));
+  for (size_t r = 0; r < static_cast<size_t>(count); ++r) {
+    dequantize_row(source.format, rows + r * from, row.data(), source.cols);
+    quantize_row(source.target, row.data(), storage.data() + r * to, source.cols);
+  }
+  return {source.name, source.target, count, source.cols, storage.data()};
+}
+
+// Panel number `index` of a tensor. Channels beyond its last row are zeros.
+void pack_panel(const Tensor& tensor, int64_t index, std::byte* out, size_t out_bytes) {
   const int64_t first = index * kLanes;
-  const int lanes = static_cast<int>(std::min<int64_t>(kLanes, source.rows - first));
+  const int lanes = static_cast<int>(std::min<int64_t>(kLanes, tensor.rows - first));
+  std::vector<std::byte> storage;
+  const Tensor source = converted(tensor, first, lanes, storage);
   const size_t bytes = row_bytes(source.format, source.cols);
   if (lanes < kLanes) std::memset(out, 0, out_bytes);
   for (int64_t begin = 0; begin < source.cols; begin += kPackCols) {
     const int64_t end = std::min(begin + kPackCols, source.cols);
     for (int lane = 0; lane < lanes; ++lane) {
-      const std::byte* row = source.data + static_cast<size_t>(first + lane) * bytes;
+      const std::byte* row = source.data + static_cast<size_t>(lane) * bytes;
       pack_channel(source.format, row, begin, end, lane, out);
     }
   }
 }
 
-// Large weights take huge pages where the system has them: fewer faults while loading, fewer TLB misses
-// later.
-std::byte* allocate(size_t bytes) {
-  const size_t alignment = bytes >= kHugePage ? kHugePage : kCacheLine;
-  const size_t rounded = (bytes + alignment - 1) / alignment * alignment;
-  void* memory = std::aligned_alloc(alignment, rounded);
-  require(memory != nullptr, "out of memory: a weight takes " + std::to_string(rounded >> 20) + " MiB");
-  if (alignment == kHugePage) madvise(memory, rounded, MADV_HUGEPAGE);  // advice: it may fail
-  return static_cast<std::byte*>(memory);
-}
-
 Segment next_segment(const PackedWeight& weight, const Tensor& source, Arithmetic arithmetic) {
-  return {source.format,
-          block_size(source.format) == 1 ? Arithmetic::EXACT : arithmetic,
+  return {source.target,
+          is_plain(source.target) ? Arithmetic::EXACT : arithmetic,
           weight.rows,
           source.rows,
           weight.num_panels,
           (source.rows + kLanes - 1) / kLanes,
-          panel_bytes(source.format, source.cols),
+          panel_bytes(source.target, source.cols),
           weight.num_bytes};
 }
 
@@ -165,18 +175,20 @@ Segment next_segment(const PackedWeight& weight, const Tensor& source, Arithmeti
 size_t panel_bytes(Format format, int64_t cols) {
   size_t bytes = kLanes * row_bytes(format, cols);
   visit_block(format, [&]<class Block>(Block) {
-    bytes = static_cast<size_t>(cols / BlockLayout<Block>::kCols) * sizeof(Panel<Block>);
+    bytes =
+        kHeaderBytes<Block> + static_cast<size_t>(cols / BlockLayout<Block>::kCols) * sizeof(Panel<Block>);
   });
   return bytes;
 }
 
-std::unique_ptr<Weight> pack_weight(ThreadPool& pool, std::span<const Tensor> sources,
+std::unique_ptr<Weight> pack_weight(ThreadPool& pool, Arena& arena, std::span<const Tensor> sources,
                                     std::span<const float> bias, Arithmetic arithmetic) {
   check(!sources.empty(), "a weight needs a source");
   auto weight = std::make_unique<PackedWeight>();
   weight->cols = sources[0].cols;
   for (const Tensor& source : sources) {
     check(source.cols == weight->cols, "stacked sources differ in columns");
+    check(source.target == source.format || is_plain(source.format), "plain floats only are converted");
     const Segment& s = weight->segments.emplace_back(next_segment(*weight, source, arithmetic));
     weight->rows += s.rows;
     weight->num_panels += s.num_panels;
@@ -184,7 +196,7 @@ std::unique_ptr<Weight> pack_weight(ThreadPool& pool, std::span<const Tensor> so
   }
   check(bias.empty() || static_cast<int64_t>(bias.size()) == weight->rows, "a bias has one number per row");
   weight->bias.assign(bias.begin(), bias.end());
-  weight->panels.reset(allocate(weight->num_bytes));
+  weight->panels = arena.take(weight->num_bytes);
   for (size_t i = 0; i < sources.size(); ++i) {
     const Segment& s = weight->segments[i];
     pool.run(static_cast<int>(s.num_panels), [&](int panel, int) {

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <algorithm>
-#include <cstdlib>
 #include <memory>
 #include <vector>
 
@@ -37,13 +36,10 @@ class PackedWeight : public Weight {
                        [](const Segment& s) { return s.arithmetic == Arithmetic::INT8; });
   }
 
-  struct Free {
-    void operator()(void* memory) const { std::free(memory); }
-  };
   std::vector<Segment> segments;
   std::vector<float> bias;  // (rows) or empty
   size_t num_bytes = 0;
-  std::unique_ptr<std::byte[], Free> panels;  // (num_bytes), aligned to a cache line
+  std::shared_ptr<std::byte> panels;  // (num_bytes), aligned to a cache line; a part of an Arena
   int64_t num_panels = 0;
 };
 

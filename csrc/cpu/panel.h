@@ -86,6 +86,18 @@ struct Panel<BlockQ6_K> {
   } groups[16];
 };
 
+// w = scale · (q - 128), the scale being its channel's: those of all sixteen stand before the panel's blocks.
+template <>
+struct Panel<BlockInt8> {
+  uint32_t q[8][16];
+};
+
+// Bytes before the first Panel<Block> of a panel: the scales of whole channels, f32.
+template <class Block>
+inline constexpr size_t kHeaderBytes = 0;
+template <>
+inline constexpr size_t kHeaderBytes<BlockInt8> = 16 * sizeof(float);
+
 static_assert(sizeof(Panel<BlockQ8_0>) == 16 * sizeof(BlockQ8_0));
 static_assert(sizeof(Panel<BlockQ4_0>) == 16 * sizeof(BlockQ4_0));
 static_assert(sizeof(Panel<BlockQ4_1>) == 16 * sizeof(BlockQ4_1));
@@ -94,5 +106,6 @@ static_assert(sizeof(Panel<BlockQ5_1>) == 16 * sizeof(BlockQ5_1));
 static_assert(sizeof(Panel<BlockQ4_K>) == 16 * (sizeof(BlockQ4_K) + 4));
 static_assert(sizeof(Panel<BlockQ5_K>) == 16 * (sizeof(BlockQ5_K) + 4));
 static_assert(sizeof(Panel<BlockQ6_K>) == 16 * sizeof(BlockQ6_K));
+static_assert(sizeof(Panel<BlockInt8>) == 16 * sizeof(BlockInt8));
 
 }  // namespace engine

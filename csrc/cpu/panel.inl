@@ -40,9 +40,27 @@ inline I32x16 quants(const Panel<BlockQ6_K>& p, int group, int four) {
   return nibbles(p.groups[group].q, four) | shift_left(upper, 4);
 }
 
+inline I32x16 quants(const Panel<BlockInt8>& p, int, int four) {
+  return load_i32(p.q[four]);
+}
+
+template <class Block>
+const Panel<Block>* blocks_of(const void* panel) {
+  return reinterpret_cast<const Panel<Block>*>(static_cast<const std::byte*>(panel) + kHeaderBytes<Block>);
+}
+template <class Block>
+inline constexpr bool kPerChannel = kHeaderBytes<Block> > 0;
+// The channels' own scales, where a format has them.
+inline F32x16 channel_scale(const void* panel) {
+  return load(static_cast<const float*>(panel));
+}
+
 template <class Block>
 inline F32x16 scale(const Panel<Block>& p, int) {
   return load_f16(p.d);
+}
+inline F32x16 scale(const Panel<BlockInt8>&, int) {
+  return broadcast(1);
 }
 inline F32x16 scale(const Panel<BlockQ4_K>& p, int group) {
   return load_f16(p.d) * to_float(load_u8(p.scales[group]));

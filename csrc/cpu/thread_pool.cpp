@@ -56,6 +56,7 @@ ThreadPool::~ThreadPool() {
 }
 
 void ThreadPool::start(int num_threads) {
+  shares_ = std::make_unique<Share[]>(static_cast<size_t>(num_threads));
   threads_.reserve(num_threads - 1);
   try {
     for (int worker = 1; worker < num_threads; ++worker)
@@ -83,9 +84,12 @@ void ThreadPool::run(int num_tasks, Call call, void* task) {
   check(unfinished_ == 0, "ThreadPool::run called while it runs");
   call_ = call;
   task_ = task;
-  num_tasks_ = num_tasks;
   unfinished_.store(num_tasks, std::memory_order_relaxed);
-  untaken_.store(num_tasks, std::memory_order_release);
+  for (int64_t worker = 0; worker < size(); ++worker) {
+    const auto next = static_cast<uint64_t>(worker * num_tasks / size());
+    const auto end = static_cast<uint64_t>((worker + 1) * num_tasks / size());
+    shares_[worker].range.store(end << 32 | next, std::memory_order_release);
+  }
   runs_.fetch_add(1, std::memory_order_release);
   runs_.notify_all();
 
@@ -95,40 +99,47 @@ void ThreadPool::run(int num_tasks, Call call, void* task) {
   if (failed_.exchange(false)) std::rethrow_exception(std::exchange(error_, nullptr));
 }
 
-bool ThreadPool::take(int& index) {
-  int untaken = untaken_.load(std::memory_order_relaxed);
-  while (untaken > 0) {
-    if (untaken_.compare_exchange_weak(untaken, untaken - 1, std::memory_order_acq_rel,
-                                       std::memory_order_relaxed)) {
-      index = num_tasks_ - untaken;
+bool ThreadPool::Share::take(int& index) {
+  uint64_t left = range.load(std::memory_order_relaxed);
+  while (static_cast<uint32_t>(left) < left >> 32) {
+    if (range.compare_exchange_weak(left, left + 1, std::memory_order_acq_rel, std::memory_order_relaxed)) {
+      index = static_cast<int>(static_cast<uint32_t>(left));
       return true;
     }
   }
   return false;
 }
 
-void ThreadPool::work(int worker) {
-  for (int index; take(index);) {
+int ThreadPool::work_on(Share& share, int worker) {
+  int done = 0;
+  for (int index; share.take(index); ++done) {
     try {
       call_(task_, index, worker);
     } catch (...) {
       if (!failed_.exchange(true)) error_ = std::current_exception();
     }
-    if (unfinished_.fetch_sub(1, std::memory_order_acq_rel) == 1) unfinished_.notify_one();
+  }
+  return done;
+}
+
+void ThreadPool::work(int worker) {
+  for (int i = 0; i < size(); ++i) {
+    const int done = work_on(shares_[(worker + i) % size()], worker);
+    if (done > 0 && unfinished_.fetch_sub(done, std::memory_order_acq_rel) == done) unfinished_.notify_one();
   }
 }
 
-bool ThreadPool::wait_for_work() {
-  const auto called = [this] { return stopping_ || untaken_.load(std::memory_order_relaxed) > 0; };
-  while (!spin(called)) {
-    const int runs = runs_.load(std::memory_order_acquire);
-    if (!called()) runs_.wait(runs);
-  }
-  return !stopping_;
+void ThreadPool::wait_for_run(int& seen) {
+  const auto called = [&] { return stopping_ || runs_.load(std::memory_order_acquire) != seen; };
+  while (!spin(called)) runs_.wait(seen);
+  seen = runs_.load(std::memory_order_acquire);
 }
 
 void ThreadPool::serve(int worker) {
-  while (wait_for_work()) work(worker);
+  for (int seen = 0; !stopping_;) {
+    wait_for_run(seen);
+    work(worker);
+  }
 }
 
 }  // namespace engine

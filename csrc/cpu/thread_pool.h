@@ -21,9 +21,9 @@ class ThreadPool {
   int size() const { return static_cast<int>(threads_.size()) + 1; }
 
   // Calls task(index, worker) for each index in [0, num_tasks), worker in [0, size()), and returns when all
-  // are done. Tasks are handed out in order, one at a time. One thread may call run() at a time, and never
-  // from within a task. The first exception of a task reaches the caller, after the barrier; tasks after it
-  // may or may not have run.
+  // are done. Each worker begins with an equal share of consecutive tasks, in order, and then takes what
+  // others have left. One thread may call run() at a time, and never from within a task. The first exception
+  // of a task reaches the caller, after the barrier; tasks after it may or may not have run.
   template <class F>
   void run(int num_tasks, F&& task) {
     const void* address = std::addressof(task);
@@ -37,25 +37,30 @@ class ThreadPool {
   static void call(void* task, int index, int worker) {
     (*static_cast<F*>(task))(index, worker);
   }
+  // What is left of one worker's tasks: [next, end) in one word, so that taking one is one exchange.
+  struct alignas(64) Share {
+    std::atomic<uint64_t> range = 0;  // end << 32 | next
+    bool take(int& index);
+  };
   void run(int num_tasks, Call call, void* task);
-  void work(int worker);   // takes tasks until none is left to take
-  void serve(int worker);  // a thread's life
-  bool wait_for_work();    // false: the pool is being destroyed
-  bool take(int& index);
+  void work(int worker);                  // takes tasks until none is left to take
+  void serve(int worker);                 // a thread's life
+  void wait_for_run(int& seen);           // until there was another one, or the pool is being destroyed
+  int work_on(Share& share, int worker);  // the number of tasks done
   void start(int num_threads);
   void stop();
 
   Call call_ = nullptr;
   void* task_ = nullptr;
-  int num_tasks_ = 0;
   std::exception_ptr error_;
   std::atomic<bool> failed_ = false;
   std::atomic<bool> stopping_ = false;
   // A worker reads the job above only after it has taken a task: that keeps run() from returning under it,
-  // and a worker that the kernel did not schedule in time delays nobody.
-  alignas(64) std::atomic<int> untaken_ = 0;
+  // and a worker that the kernel did not schedule in time delays nobody. Cores exchange few cache lines in a
+  // run: that it began, one share each unless somebody steals, and that they are done.
+  std::unique_ptr<Share[]> shares_;  // (size())
   alignas(64) std::atomic<int> unfinished_ = 0;
-  alignas(64) std::atomic<int> runs_ = 0;  // what sleeping workers wait on
+  alignas(64) std::atomic<int> runs_ = 0;  // what workers wait on
   std::vector<std::thread> threads_;       // (size() - 1)
 };
 

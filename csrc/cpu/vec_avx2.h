@@ -144,6 +144,20 @@ inline void store_i8(int8_t* p, F32x16 a) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
                    _mm_packs_epi16(_mm256_castsi256_si128(in_order), _mm256_extracti128_si256(in_order, 1)));
 }
+inline void store_u8(uint8_t* p, F32x16 a) {
+  const __m256i pairs = _mm256_packus_epi32(_mm256_cvtps_epi32(a.lo), _mm256_cvtps_epi32(a.hi));
+  const __m256i in_order = _mm256_permute4x64_epi64(pairs, _MM_SHUFFLE(3, 1, 2, 0));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                   _mm_packus_epi16(_mm256_castsi256_si128(in_order), _mm256_extracti128_si256(in_order, 1)));
+}
+template <int Bit>
+inline F32x16 xor_lanes(F32x16 a) {
+  if constexpr (Bit == 1) return {_mm256_permute_ps(a.lo, 0xb1), _mm256_permute_ps(a.hi, 0xb1)};
+  if constexpr (Bit == 2) return {_mm256_permute_ps(a.lo, 0x4e), _mm256_permute_ps(a.hi, 0x4e)};
+  if constexpr (Bit == 4)
+    return {_mm256_permute2f128_ps(a.lo, a.lo, 1), _mm256_permute2f128_ps(a.hi, a.hi, 1)};
+  if constexpr (Bit == 8) return {a.hi, a.lo};
+}
 template <bool Small>
 inline __m256i add_dot_half(__m256i sum, __m256i a, __m256i b) {
   if constexpr (Small) {  // two products fit 16 bits
@@ -173,6 +187,12 @@ inline I32x16 operator&(I32x16 a, int32_t mask) {
 inline I32x16 operator|(I32x16 a, I32x16 b) {
   return {_mm256_or_si256(a.lo, b.lo), _mm256_or_si256(a.hi, b.hi)};
 }
+inline I32x16 max(I32x16 a, I32x16 b) {
+  return {_mm256_max_epi32(a.lo, b.lo), _mm256_max_epi32(a.hi, b.hi)};
+}
+inline I32x16 bits(F32x16 a) {
+  return {_mm256_castps_si256(a.lo), _mm256_castps_si256(a.hi)};
+}
 inline I32x16 subtract_bytes(I32x16 a, int byte) {
   const __m256i b = _mm256_set1_epi8(static_cast<char>(byte));
   return {_mm256_sub_epi8(a.lo, b), _mm256_sub_epi8(a.hi, b)};
@@ -199,11 +219,11 @@ inline float sum(F32x16 a) {
   b = _mm_add_ps(b, _mm_movehl_ps(b, b));
   return _mm_cvtss_f32(_mm_add_ss(b, _mm_movehdup_ps(b)));
 }
-inline float reduce_max(F32x16 a) {
-  const __m256 eight = _mm256_max_ps(a.lo, a.hi);
-  __m128 b = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
-  b = _mm_max_ps(b, _mm_movehl_ps(b, b));
-  return _mm_cvtss_f32(_mm_max_ss(b, _mm_movehdup_ps(b)));
+inline int32_t reduce_max(I32x16 a) {
+  const __m256i eight = _mm256_max_epi32(a.lo, a.hi);
+  __m128i b = _mm_max_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1));
+  b = _mm_max_epi32(b, _mm_shuffle_epi32(b, _MM_SHUFFLE(1, 0, 3, 2)));
+  return _mm_cvtsi128_si32(_mm_max_epi32(b, _mm_shuffle_epi32(b, _MM_SHUFFLE(2, 3, 0, 1))));
 }
 
 }  // namespace

@@ -116,6 +116,16 @@ inline I32x16 broadcast_i32(const void* p) {
 inline void store_i8(int8_t* p, F32x16 a) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(a.v)));
 }
+inline void store_u8(uint8_t* p, F32x16 a) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtusepi32_epi8(_mm512_cvtps_epi32(a.v)));
+}
+template <int Bit>
+inline F32x16 xor_lanes(F32x16 a) {
+  if constexpr (Bit == 1) return {_mm512_permute_ps(a.v, 0xb1)};
+  if constexpr (Bit == 2) return {_mm512_permute_ps(a.v, 0x4e)};
+  if constexpr (Bit == 4) return {_mm512_shuffle_f32x4(a.v, a.v, 0xb1)};
+  if constexpr (Bit == 8) return {_mm512_shuffle_f32x4(a.v, a.v, 0x4e)};
+}
 inline I32x16 shift_right(I32x16 a, int bits) {
   return {_mm512_srli_epi32(a.v, static_cast<unsigned>(bits))};
 }
@@ -127,6 +137,12 @@ inline I32x16 operator&(I32x16 a, int32_t mask) {
 }
 inline I32x16 operator|(I32x16 a, I32x16 b) {
   return {_mm512_or_si512(a.v, b.v)};
+}
+inline I32x16 max(I32x16 a, I32x16 b) {
+  return {_mm512_max_epi32(a.v, b.v)};
+}
+inline I32x16 bits(F32x16 a) {
+  return {_mm512_castps_si512(a.v)};
 }
 inline I32x16 subtract_bytes(I32x16 a, int byte) {
   return {_mm512_sub_epi8(a.v, _mm512_set1_epi8(static_cast<char>(byte)))};
@@ -151,11 +167,11 @@ inline float sum(F32x16 a) {
   b = _mm_add_ps(b, _mm_movehl_ps(b, b));
   return _mm_cvtss_f32(_mm_add_ss(b, _mm_movehdup_ps(b)));
 }
-inline float reduce_max(F32x16 a) {
-  const __m256 eight = _mm256_max_ps(_mm512_castps512_ps256(a.v), _mm512_extractf32x8_ps(a.v, 1));
-  __m128 b = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
-  b = _mm_max_ps(b, _mm_movehl_ps(b, b));
-  return _mm_cvtss_f32(_mm_max_ss(b, _mm_movehdup_ps(b)));
+inline int32_t reduce_max(I32x16 a) {
+  const __m256i eight = _mm256_max_epi32(_mm512_castsi512_si256(a.v), _mm512_extracti64x4_epi64(a.v, 1));
+  __m128i b = _mm_max_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1));
+  b = _mm_max_epi32(b, _mm_shuffle_epi32(b, _MM_SHUFFLE(1, 0, 3, 2)));
+  return _mm_cvtsi128_si32(_mm_max_epi32(b, _mm_shuffle_epi32(b, _MM_SHUFFLE(2, 3, 0, 1))));
 }
 
 }  // namespace

@@ -5,6 +5,10 @@
 namespace engine {
 namespace {
 
+// The largest magnitude below which 127 / largest might overflow: such numbers count as zeros when they are
+// quantised.
+constexpr float kSmallest = 0x1p-100f;
+
 // e^x to 1 ulp; 0 below -86.5 (where e^x nears the subnormal numbers), e^88.37 above 88.37; NaN stays NaN.
 // Reduced to |r| <= ln(2)/2 by x = n ln(2) + r with ln(2) in two parts (Cody & Waite); then 1 + r + r² q(r),
 // q being the degree-4 polynomial of least maximal relative error, 3e-9.

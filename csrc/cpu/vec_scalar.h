@@ -132,6 +132,16 @@ inline I32x16 broadcast_i32(const void* p) {
 inline void store_i8(int8_t* p, F32x16 a) {
   for (int i = 0; i < 16; ++i) p[i] = std::abs(a.v[i]) <= 127 ? static_cast<int8_t>(a.v[i]) : int8_t{0};
 }
+// The same for lanes of 0 to 255.
+inline void store_u8(uint8_t* p, F32x16 a) {
+  for (int i = 0; i < 16; ++i)
+    p[i] = a.v[i] >= 0 && a.v[i] <= 255 ? static_cast<uint8_t>(a.v[i]) : uint8_t{0};
+}
+// Lane i is a's lane i ^ Bit.
+template <int Bit>
+inline F32x16 xor_lanes(F32x16 a) {
+  return each([&](int i) { return a.v[i ^ Bit]; });
+}
 // sum + the dot product of each lane's four bytes, unsigned in a and signed in b, exactly. Small: those of a
 // are below 64.
 template <bool Small>
@@ -154,6 +164,14 @@ inline I32x16 operator&(I32x16 a, int32_t mask) {
 }
 inline I32x16 operator|(I32x16 a, I32x16 b) {
   return each_int([&](int i) { return a.v[i] | b.v[i]; });
+}
+inline I32x16 max(I32x16 a, I32x16 b) {
+  return each_int([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; });
+}
+inline I32x16 bits(F32x16 a) {
+  I32x16 r;
+  std::memcpy(r.v, a.v, sizeof r.v);
+  return r;
 }
 // Subtracts from each of the 64 bytes, modulo 256.
 inline I32x16 subtract_bytes(I32x16 a, int byte) {
@@ -183,11 +201,11 @@ inline float sum(F32x16 a) {
     for (int i = 0; i < half; ++i) a.v[i] += a.v[i + half];
   return a.v[0];
 }
-// The largest lane; any of them where one is NaN.
-inline float reduce_max(F32x16 a) {
-  for (int half = 8; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) a.v[i] = a.v[i] > a.v[i + half] ? a.v[i] : a.v[i + half];
-  return a.v[0];
+// The largest lane.
+inline int32_t reduce_max(I32x16 a) {
+  int32_t most = a.v[0];
+  for (int32_t lane : a.v) most = lane > most ? lane : most;
+  return most;
 }
 
 }  // namespace

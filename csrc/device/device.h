@@ -27,12 +27,12 @@ class Weight {
   int64_t cols = 0;  // input channels
 };
 
-// One key/value cache for all layers: (layer, block, key/value head) → kBlockSize keys and values of head_dim
+// One key/value cache for all layers: (block, layer, key/value head) → kBlockSize keys and values of head_dim
 // numbers.
 class KvCache {
  public:
   virtual ~KvCache() = default;
-  Format format = Format::F32;  // F32, F16 or BF16
+  Format format = Format::F32;  // F32, F16, BF16 or INT8
   int32_t num_blocks = 0;
 };
 
@@ -56,7 +56,7 @@ class Device {
   virtual std::unique_ptr<Buffer> alloc(size_t numbers) = 0;
   virtual void copy_to_host(float* host, const float* device, size_t numbers) = 0;
   virtual size_t memory_available() const = 0;  // bytes
-  // The sources stacked by rows (q, k and v become one weight), each kept in its own format; `bias` has one
+  // The sources stacked by rows (q, k and v become one weight), each in its target format; `bias` has one
   // number per row of the whole or is empty.
   virtual std::unique_ptr<Weight> pack(std::span<const Tensor> sources, std::span<const float> bias) = 0;
   virtual std::unique_ptr<Buffer> upload(std::span<const float> host) = 0;

@@ -12,15 +12,26 @@ size_t BlockKeyHash::operator()(const BlockKey& key) const {
   return mix64(hash);
 }
 
-BlockPool::BlockPool(int32_t num_blocks) : blocks_(num_blocks) {
+BlockPool::BlockPool(int32_t num_blocks, int32_t max_cached) : blocks_(num_blocks), max_cached_(max_cached) {
   by_key_.reserve(num_blocks);
-  for (int32_t block = num_blocks - 1; block >= 0; --block) link(block);
+}
+
+int32_t BlockPool::take_free() {
+  if (!empty_.empty()) {
+    const int32_t id = empty_.back();
+    empty_.pop_back();
+    return id;
+  }
+  const bool any_unused = num_used_ < num_blocks();
+  if (any_unused && num_cached_ <= max_cached_) return num_used_++;
+  const int32_t id = first_cached_;
+  if (id >= 0) unlink(id);
+  return id;
 }
 
 int32_t BlockPool::allocate() {
-  const int32_t id = first_free_;
+  const int32_t id = take_free();
   if (id < 0) return -1;
-  unlink(id);
   Block& block = blocks_[id];
   if (block.key) by_key_.erase(by_key_.find(*block.key));
   block.key = nullptr;
@@ -39,7 +50,8 @@ void BlockPool::acquire(int32_t block) {
 
 void BlockPool::release(int32_t block) {
   check(blocks_[block].references > 0, "a free block is released");
-  if (--blocks_[block].references == 0) link(block);
+  if (--blocks_[block].references > 0) return;
+  blocks_[block].key ? link(block) : empty_.push_back(block);
 }
 
 PrefixId BlockPool::publish(int32_t block, const BlockKey& key) {
@@ -52,22 +64,20 @@ PrefixId BlockPool::publish(int32_t block, const BlockKey& key) {
   return blocks_[entry->second].prefix;
 }
 
-// Private blocks go to the front: nobody can find them again, so reusing one evicts nothing.
 void BlockPool::link(int32_t id) {
   Block& block = blocks_[id];
-  block.previous = block.key ? last_free_ : -1;
-  block.next = block.key ? -1 : first_free_;
-  (block.previous < 0 ? first_free_ : blocks_[block.previous].next) = id;
-  (block.next < 0 ? last_free_ : blocks_[block.next].previous) = id;
-  ++num_free_;
+  block.previous = last_cached_;
+  (last_cached_ < 0 ? first_cached_ : blocks_[last_cached_].next) = id;
+  last_cached_ = id;
+  ++num_cached_;
 }
 
 void BlockPool::unlink(int32_t id) {
   Block& block = blocks_[id];
-  (block.previous < 0 ? first_free_ : blocks_[block.previous].next) = block.next;
-  (block.next < 0 ? last_free_ : blocks_[block.next].previous) = block.previous;
+  (block.previous < 0 ? first_cached_ : blocks_[block.previous].next) = block.next;
+  (block.next < 0 ? last_cached_ : blocks_[block.next].previous) = block.previous;
   block.previous = block.next = -1;
-  --num_free_;
+  --num_cached_;
 }
 
 void BlockPool::check_integrity(const std::vector<const std::vector<int32_t>*>& tables) const {
@@ -95,15 +105,21 @@ void BlockPool::check_references(const std::vector<const std::vector<int32_t>*>&
 
 void BlockPool::check_free_list() const {
   int32_t previous = -1, count = 0;
-  for (int32_t id = first_free_; id >= 0; previous = id, id = blocks_[id].next) {
-    check(++count <= num_free_, "the free list is longer than its count");
-    check(blocks_[id].references == 0, "a held block is in the free list");
+  for (int32_t id = first_cached_; id >= 0; previous = id, id = blocks_[id].next) {
+    check(++count <= num_cached_, "the free list is longer than its count");
+    check(blocks_[id].references == 0 && blocks_[id].key,
+          "a held or private block is among the cached free ones");
     check(blocks_[id].previous == previous, "the free list's links disagree");
   }
-  check(previous == last_free_ && count == num_free_, "the free list is broken");
+  check(previous == last_cached_ && count == num_cached_, "the free list is broken");
+  for (int32_t id : empty_)
+    check(id < num_used_ && blocks_[id].references == 0 && !blocks_[id].key,
+          "an empty block is held or cached");
+  for (int32_t id = num_used_; id < num_blocks(); ++id)
+    check(blocks_[id].references == 0 && !blocks_[id].key, "a block that was never used is held or cached");
   int32_t unreferenced = 0;
   for (const Block& block : blocks_) unreferenced += block.references == 0;
-  check(unreferenced == num_free_, "a free block is lost");
+  check(unreferenced == num_free(), "a free block is lost");
 }
 
 void BlockPool::check_keys() const {

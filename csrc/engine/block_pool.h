@@ -1,6 +1,7 @@
 // Reference-counted blocks of the key/value cache, found again by their contents. A freed block keeps its
-// contents until it is reused, so the prefix cache costs nothing: it is whatever has not been overwritten
-// yet.
+// contents until it is reused: the prefix cache is whatever has not been overwritten yet. How much memory
+// that may keep committed has a limit: beyond it, the oldest cached block is reused before one that was never
+// used.
 #pragma once
 
 #include <array>
@@ -34,16 +35,19 @@ struct BlockKeyHash {
 
 class BlockPool {
  public:
-  explicit BlockPool(int32_t num_blocks);
+  // max_cached: free blocks with contents that do not yet have to make room for a block never used.
+  explicit BlockPool(int32_t num_blocks, int32_t max_cached = INT32_MAX);
   BlockPool(const BlockPool&) = delete;
   BlockPool& operator=(const BlockPool&) = delete;
 
   int32_t num_blocks() const { return static_cast<int32_t>(blocks_.size()); }
-  int32_t num_free() const { return num_free_; }
+  int32_t num_free() const {
+    return num_blocks() - num_used_ + static_cast<int32_t>(empty_.size()) + num_cached_;
+  }
   bool is_free(int32_t block) const { return blocks_[block].references == 0; }
 
-  // A block with one reference and no key; -1 when none is free. Takes blocks that hold nothing of use first,
-  // then the least recently used cached one, which is thereby evicted.
+  // A block with one reference and no key; -1 when none is free. Takes one that was used and holds nothing of
+  // use, then one never used, or the least recently used cached one, which is thereby evicted.
   int32_t allocate();
   // The block published under `key`, free or held; -1 when it is not cached. Takes no reference.
   int32_t find(const BlockKey& key) const;
@@ -61,11 +65,12 @@ class BlockPool {
  private:
   struct Block {
     int32_t references = 0;
-    int32_t previous = -1, next = -1;  // neighbours in the free list
+    int32_t previous = -1, next = -1;  // neighbours among the cached free blocks
     const BlockKey* key = nullptr;     // in by_key_; null: private
     PrefixId prefix = kEmptyPrefix;    // what key stands for
   };
 
+  int32_t take_free();
   void link(int32_t block);
   void unlink(int32_t block);
   void check_references(const std::vector<const std::vector<int32_t>*>& tables) const;
@@ -74,7 +79,10 @@ class BlockPool {
 
   std::vector<Block> blocks_;                                   // (num_blocks)
   std::unordered_map<BlockKey, int32_t, BlockKeyHash> by_key_;  // contents → block, free ones included
-  int32_t first_free_ = -1, last_free_ = -1, num_free_ = 0;     // in the order of reuse
+  int32_t max_cached_;
+  int32_t num_used_ = 0;        // blocks [num_used_, num_blocks) never were
+  std::vector<int32_t> empty_;  // free, used before, without a key
+  int32_t first_cached_ = -1, last_cached_ = -1, num_cached_ = 0;  // free with a key, in the order of reuse
   PrefixId last_prefix_ = kEmptyPrefix;
 };
 

@@ -23,9 +23,15 @@ std::string mib(int64_t bytes) {
   return std::to_string((bytes + (1 << 20) - 1) >> 20) + " MiB";
 }
 
-// The cache's share of memory when the user names no budget: it is committed as it fills and never given
-// back, so a server that was told nothing stays modest.
-constexpr int64_t kDefaultCacheBytes = int64_t{2} << 30;
+// When the user names no budget, a server stays modest: what the cache may grow to while requests need it (it
+// is committed as it fills and never given back), and what it may keep for prefixes that nobody uses at the
+// moment.
+constexpr int64_t kDefaultCacheBytes = int64_t{2} << 30, kDefaultIdleBytes = int64_t{128} << 20;
+
+int32_t max_cached_blocks(const EngineOptions& options, int64_t weight_bytes, int64_t bytes_per_block) {
+  if (options.memory_bytes > 0) return INT32_MAX;
+  return static_cast<int32_t>(std::max(kDefaultIdleBytes, weight_bytes / 4) / bytes_per_block);
+}
 
 // Fills in max_model_len and returns the number of cache blocks that suits the budget left for the cache.
 int32_t size_cache(EngineOptions& options, int64_t budget, int64_t bytes_per_block) {
@@ -51,7 +57,7 @@ void validate_options(const EngineOptions& o) {
   require(o.max_model_len >= 0 && o.max_model_len <= o.max_position,
           "max_model_len " + std::to_string(o.max_model_len) + " is beyond the model's own limit of " +
               std::to_string(o.max_position) + " tokens");
-  require(block_size(o.kv_format) == 1, "kv_format must be F32, F16 or BF16");
+  require(is_plain(o.kv_format) || o.kv_format == Format::INT8, "kv_format must be F32, F16, BF16 or INT8");
 }
 
 }  // namespace
@@ -87,7 +93,8 @@ Engine::Engine(const ModelConfig& config, const TensorIndex& tensors, const Engi
   transformer_ = std::make_unique<Transformer>(config_, std::move(weights), *device_, max_tokens, max_logits);
   transformer_->kv_alloc(options_.kv_format, num_blocks);
   scheduler_ = std::make_unique<Scheduler>(SchedulerOptions{
-      num_blocks, options_.max_num_seqs, options_.max_num_batched_tokens, options_.enable_prefix_caching});
+      num_blocks, options_.max_num_seqs, options_.max_num_batched_tokens, options_.enable_prefix_caching,
+      max_cached_blocks(options_, static_cast<int64_t>(weight_bytes_), bytes_per_block)});
   cache_tokens_ = int64_t{num_blocks} * kBlockSize;
   scheduler_->fill(stats_);
   thread_ = std::thread([this] { run(); });

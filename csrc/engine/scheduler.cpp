@@ -13,6 +13,15 @@ int32_t blocks_for(int64_t num_tokens) {
   return static_cast<int32_t>((num_tokens + kBlockSize - 1) / kBlockSize);
 }
 
+// What prompts get in a step beside running answers: with four tokens for each, a step that reads prompts
+// takes a few times as long as one that does not, and as long again as others read theirs in the meantime;
+// fewer than 32 would waste the weights that a step reads.
+constexpr int32_t kPromptTokensPerAnswer = 4, kLeastPromptTokens = 32;
+
+int32_t behind(const Sequence& sequence) {
+  return sequence.size() - sequence.num_computed;
+}
+
 BlockKey key_of_block(const Sequence& sequence, int32_t index, PrefixId prefix) {
   BlockKey key{.prefix = prefix};
   std::copy_n(sequence.tokens.begin() + index * kBlockSize, kBlockSize, key.tokens.begin());
@@ -40,7 +49,8 @@ Event make_event(const Sequence& sequence, Finish finish, double now) {
 
 }  // namespace
 
-Scheduler::Scheduler(const SchedulerOptions& options) : options_(options), pool_(options.num_blocks) {
+Scheduler::Scheduler(const SchedulerOptions& options)
+    : options_(options), pool_(options.num_blocks, options.max_cached_blocks) {
   check(options.max_num_seqs > 0 && options.max_num_batched_tokens > 0, "a step must have room for a token");
 }
 
@@ -69,23 +79,33 @@ std::optional<Event> Scheduler::cancel(uint64_t id) {
 Step Scheduler::schedule(double now) {
   Step step;
   step.reserve(running_.size() + 1);
-  int32_t budget = options_.max_num_batched_tokens;
-  schedule_running(step, budget);
-  admit_waiting(step, budget, now);
+  Budget left = budget();
+  schedule_running(step, left);
+  admit_waiting(step, left, now);
   check(!busy() || !step.empty(), "a step without tokens");
   return step;
 }
 
+Scheduler::Budget Scheduler::budget() const {
+  const int32_t tokens = options_.max_num_batched_tokens;
+  const auto answers = static_cast<int32_t>(
+      std::ranges::count_if(running_, [](const Sequence* sequence) { return behind(*sequence) == 1; }));
+  if (answers == 0) return {tokens, tokens};
+  const int32_t share = std::max(kLeastPromptTokens, kPromptTokensPerAnswer * answers);
+  return {tokens, std::max(1, std::min(share, tokens - answers))};
+}
+
 // Preemption takes from the back and never reaches behind i, so what is in the step already stays there.
-void Scheduler::schedule_running(Step& step, int32_t& budget) {
-  for (size_t i = 0; i < running_.size() && budget > 0; ++i) {
+void Scheduler::schedule_running(Step& step, Budget& budget) {
+  for (size_t i = 0; i < running_.size() && budget.tokens > 0; ++i) {
     Sequence& sequence = *running_[i];
     if (reserve(sequence)) run(sequence, step, budget);
   }
 }
 
-void Scheduler::admit_waiting(Step& step, int32_t& budget, double now) {
-  while (budget > 0 && !waiting_.empty() && running_.size() < size_t(options_.max_num_seqs)) {
+void Scheduler::admit_waiting(Step& step, Budget& budget, double now) {
+  while (budget.tokens > 0 && budget.prompts > 0 && !waiting_.empty() &&
+         running_.size() < size_t(options_.max_num_seqs)) {
     Sequence& sequence = *waiting_.front();
     if (!reserve_at_admission(sequence)) return;
     waiting_.pop_front();
@@ -100,9 +120,14 @@ void Scheduler::admit_waiting(Step& step, int32_t& budget, double now) {
   }
 }
 
-void Scheduler::run(Sequence& sequence, Step& step, int32_t& budget) {
-  const int32_t num_tokens = std::min(sequence.size() - sequence.num_computed, budget);
-  budget -= num_tokens;
+void Scheduler::run(Sequence& sequence, Step& step, Budget& budget) {
+  int32_t num_tokens = std::min(behind(sequence), budget.tokens);
+  if (behind(sequence) > 1) {
+    num_tokens = std::min(num_tokens, budget.prompts);
+    budget.prompts -= num_tokens;
+  }
+  if (num_tokens == 0) return;
+  budget.tokens -= num_tokens;
   publish_full_blocks(sequence, num_tokens);
   step.push_back({&sequence, num_tokens});
 }

@@ -2,6 +2,9 @@
 // with its size, oldest first, within the step's token budget. Chunked prefill, prefix-cache hits and
 // preemption by recompute follow from it.
 //
+// A step takes as long as it has tokens, so while answers run, those that read a prompt share a budget in
+// proportion to the number of answers: nobody's answer stalls for the length of another one's prompt.
+//
 // First come, first served, without exception: running_ followed by waiting_ is always the order of arrival.
 #pragma once
 
@@ -24,6 +27,7 @@ struct SchedulerOptions {
   int32_t max_num_seqs = 256;
   int32_t max_num_batched_tokens = 512;
   bool enable_prefix_caching = true;
+  int32_t max_cached_blocks = INT32_MAX;  // see BlockPool
 };
 
 struct ScheduledSequence {
@@ -62,9 +66,14 @@ class Scheduler {
   void check_integrity() const;
 
  private:
-  void schedule_running(Step& step, int32_t& budget);
-  void admit_waiting(Step& step, int32_t& budget, double now);
-  void run(Sequence& sequence, Step& step, int32_t& budget);
+  struct Budget {
+    int32_t tokens;   // of the step
+    int32_t prompts;  // of them for sequences that are more than one token behind
+  };
+  Budget budget() const;
+  void schedule_running(Step& step, Budget& budget);
+  void admit_waiting(Step& step, Budget& budget, double now);
+  void run(Sequence& sequence, Step& step, Budget& budget);
   bool reserve(
       Sequence& sequence);  // a block for each of its tokens; false when that took its own preemption
   bool reserve_at_admission(Sequence& sequence);

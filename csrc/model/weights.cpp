@@ -1,6 +1,7 @@
 #include "model/weights.h"
 
 #include <algorithm>
+#include <optional>
 #include <utility>
 
 #include "base/check.h"
@@ -19,45 +20,35 @@ std::string names(const std::vector<Tensor>& tensors) {
   return text;
 }
 
-Format plain_format(const std::string& name) {
-  for (Format f : {Format::F32, Format::F16, Format::BF16})
-    if (name == format_name(f)) return f;
-  throw InputError("weight_format is \"" + name + "\", expected \"\", F32, F16 or BF16");
-}
-
-bool is_plain(Format format) {
-  return block_size(format) == 1;
-}
-
-// Plain-float tensors in another plain format, kept alive while they are packed.
-class Converted {
+// What a tensor becomes while it is loaded.
+class Conversion {
  public:
-  Converted(std::vector<Tensor>& tensors, Format target) {
-    for (Tensor& t : tensors) {
-      if (!is_plain(t.format) || t.format == target) continue;
-      auto& bytes = storage_.emplace_back(static_cast<size_t>(t.rows) * row_bytes(target, t.cols));
-      convert(t, target, bytes.data());
-      t = {t.name, target, t.rows, t.cols, bytes.data()};
-    }
+  explicit Conversion(const std::string& weight_format) {
+    if (weight_format.empty()) return;
+    const std::pair<const char*, Format> targets[] = {{"F32", Format::F32},
+                                                      {"F16", Format::F16},
+                                                      {"BF16", Format::BF16},
+                                                      {"INT8", Format::INT8},
+                                                      {"INT4", Format::Q4_1}};
+    for (const auto& [name, format] : targets)
+      if (weight_format == name) target_ = format;
+    require(target_.has_value(),
+            "weight_format is \"" + weight_format + "\", expected \"\", F32, F16, BF16, INT8 or INT4");
+  }
+
+  // Plain floats alone are converted, and only where their columns fill whole blocks.
+  Format of(Format format, int64_t cols) const {
+    return target_ && is_plain(format) && cols % block_size(*target_) == 0 ? *target_ : format;
   }
 
  private:
-  static void convert(const Tensor& t, Format target, std::byte* out) {
-    std::vector<float> row(static_cast<size_t>(t.cols));
-    const size_t from = row_bytes(t.format, t.cols), to = row_bytes(target, t.cols);
-    for (int64_t r = 0; r < t.rows; ++r) {
-      dequantize_row(t.format, t.data + static_cast<size_t>(r) * from, row.data(), t.cols);
-      quantize_plain_row(target, row.data(), out + static_cast<size_t>(r) * to, t.cols);
-    }
-  }
-
-  std::vector<std::vector<std::byte>> storage_;
+  std::optional<Format> target_;
 };
 
 class Loader {
  public:
   Loader(const TensorIndex& index, const std::string& weight_format, Device& device, Loading& loading)
-      : checkpoint_(index), weight_format_(weight_format), device_(device), loading_(loading) {
+      : checkpoint_(index), conversion_(weight_format), device_(device), loading_(loading) {
     loading_.bytes_total = stored_bytes(index);
   }
 
@@ -73,10 +64,9 @@ class Loader {
     require(found_rows == rows, "tensor " + names(sources) + " has shape " + shape_text(found_rows, cols) +
                                     ", expected " + shape_text(rows, cols) + " by the config");
     const std::vector<float> bias = optional_vector(role + ".bias", rows);
-    const std::vector<Tensor> original = sources;
-    const Converted keep = converted(sources);
+    for (Tensor& t : sources) t.target = conversion_.of(t.format, t.cols);
     auto packed = device_.pack(sources, bias);
-    for (const Tensor& t : original) loading_.bytes_done += bytes(t);
+    for (const Tensor& t : sources) loading_.bytes_done += bytes(t);
     return packed;
   }
 
@@ -93,12 +83,6 @@ class Loader {
 
  private:
   static int64_t bytes(const Tensor& t) { return t.rows * static_cast<int64_t>(row_bytes(t.format, t.cols)); }
-
-  Converted converted(std::vector<Tensor>& sources) const {
-    std::vector<Tensor> none;
-    return weight_format_.empty() ? Converted(none, Format::F32)
-                                  : Converted(sources, plain_format(weight_format_));
-  }
 
   // Vectors stacked end to end, as f32; empty when the checkpoint has none.
   std::vector<float> optional_vector(const std::string& role, int64_t size) {
@@ -119,7 +103,7 @@ class Loader {
   }
 
   Checkpoint checkpoint_;
-  std::string weight_format_;
+  Conversion conversion_;
   Device& device_;
   Loading& loading_;
 };
@@ -145,12 +129,11 @@ size_t Weights::bytes() const {
 }
 
 int64_t loaded_bytes(const TensorIndex& tensors, const std::string& weight_format) {
-  if (weight_format.empty()) return stored_bytes(tensors);
-  const Format target = plain_format(weight_format);
+  const Conversion conversion(weight_format);
   TensorIndex converted = tensors;
   for (auto& [role, infos] : converted)
     for (TensorInfo& info : infos)
-      if (is_plain(info.format)) info.format = target;
+      if (info.shape.size() == 2) info.format = conversion.of(info.format, info.shape.back());
   return stored_bytes(converted);
 }
 

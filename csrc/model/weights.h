@@ -41,8 +41,8 @@ struct Weights {
 int64_t loaded_bytes(const TensorIndex& tensors, const std::string& weight_format);
 
 // Maps the files, checks every tensor's name, format and shape against the config, and packs it for the
-// device. weight_format: "" keeps each tensor's own format; F32, F16 or BF16 converts the plain-float ones.
-// Throws InputError naming the tensor, what was expected and what was found.
+// device. weight_format: "" keeps each tensor's own format; F32, F16, BF16, INT8 or INT4 converts the
+// plain-float ones. Throws InputError naming the tensor, what was expected and what was found.
 Weights load_weights(const ModelConfig& config, const TensorIndex& tensors, const std::string& weight_format,
                      Device& device, Loading& loading);
 

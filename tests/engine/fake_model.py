@@ -85,6 +85,7 @@ class FakeEngine:
         self.num_blocks = num_blocks
         self.max_num_seqs = max_num_seqs
         self.budget = max_num_batched_tokens
+        self.computed: dict[int, int] = {}  # tokens in the cache, of those that run
         self.requests: dict[int, Live] = {}
         self.live: list[int] = []  # in order of arrival
         self.cache: dict[tuple[int, int], int] = {}  # (block, slot) → state
@@ -108,9 +109,11 @@ class FakeEngine:
 
     def step(self) -> list[Ran]:
         self.now += 1
+        running = self.live[: self.scheduler.stats()["num_running"]]
+        answers = sum(self.requests[i].size - self.computed.get(i, 0) == 1 for i in running)
         step = self.scheduler.schedule(self.now)
         ran = [Ran(s.id, s.num_computed, s.num_tokens, s.blocks) for s in step]
-        self._check_step(step)
+        self._check_step(step, answers)
         for scheduled in step:
             self._forward(scheduled)
         for scheduled in step:
@@ -133,18 +136,25 @@ class FakeEngine:
         self.run()
         return self.requests[request_id]
 
-    def _check_step(self, step: Sequence[ScheduledSequence]) -> None:
+    def _check_step(self, step: Sequence[ScheduledSequence], answers: int) -> None:
         stats = self.scheduler.stats()
         ids = [s.id for s in step]
         used = sum(s.num_tokens for s in step)
         assert ids, "an empty step"
-        # First come, first served: no one in the step is younger than one who is not.
-        assert ids == self.live[: len(ids)]
+        assert ids == [i for i in self.live if i in ids], "in order of arrival"
         assert used <= self.budget
         assert stats["num_running"] <= self.max_num_seqs
         assert all(s.num_tokens > 0 for s in step)
+        readers = [s for s in step if len(s.tokens) - s.num_computed > 1]
+        read = sum(s.num_tokens for s in readers)
+        allowed = max(1, min(max(32, 4 * answers), self.budget - answers)) if answers else self.budget
+        assert read <= allowed
+        assert all(s.catches_up for s in readers[:-1]), "first come, first served"
+        if used == self.budget or read == allowed:
+            return
+        assert ids == self.live[: stats["num_running"]], "one was left out"
         waiting = self.live[stats["num_running"] :]
-        if waiting and used < self.budget and stats["num_running"] < self.max_num_seqs:
+        if waiting and stats["num_running"] < self.max_num_seqs:
             needed = num_blocks_for(self.requests[waiting[0]].size) + stats["num_running"]
             assert needed > stats["num_free_blocks"], "one waits that could have been admitted"
 
@@ -159,6 +169,7 @@ class FakeEngine:
         for position in range(scheduled.num_computed, end):
             previous = 0 if position == 0 else self.cache[slot(blocks, position - 1)]
             self.cache[slot(blocks, position)] = extend(previous, tokens[position])
+        self.computed[scheduled.id] = end
 
     def _check_cache(self, scheduled: ScheduledSequence) -> None:
         """After everybody wrote, each block table holds exactly its own sequence's prefix."""

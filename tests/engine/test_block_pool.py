@@ -18,10 +18,13 @@ def tokens(fill: int) -> list[int]:
 class BlockPoolMachine(RuleBasedStateMachine):
     """Block tables are opened, filled, published, shared and released; the pool does what the model does."""
 
-    @initialize(num_blocks=st.integers(1, 8))
-    def start(self, num_blocks: int) -> None:
-        self.pool = BlockPool(num_blocks)
-        self.free = list(range(num_blocks))  # in order of reuse
+    @initialize(num_blocks=st.integers(1, 8), max_cached=st.integers(0, 8))
+    def start(self, num_blocks: int, max_cached: int) -> None:
+        self.pool = BlockPool(num_blocks, max_cached)
+        self.max_cached = max_cached
+        self.empty: list[int] = []  # free, used before; the last one is reused first
+        self.unused = list(range(num_blocks))
+        self.idle: list[int] = []  # free and cached, in order of reuse
         self.cached: dict[Key, int] = {}
         self.ids: dict[Key, int] = {}  # of the cached ones
         self.issued: set[int] = set()
@@ -38,10 +41,15 @@ class BlockPoolMachine(RuleBasedStateMachine):
     def allocate(self, data: st.DataObject) -> None:
         table = data.draw(st.sampled_from(self.tables))
         block = self.pool.allocate()
-        if not self.free:
+        if self.empty:
+            assert block == self.empty.pop()
+        elif self.unused and len(self.idle) <= self.max_cached:
+            assert block == self.unused.pop(0)
+        elif self.idle:
+            assert block == self.idle.pop(0)
+        else:
             assert block == -1
             return
-        assert block == self.free.pop(0)
         for key in [key for key, cached in self.cached.items() if cached == block]:
             del self.cached[key], self.ids[key]
         table.append(block)
@@ -73,10 +81,10 @@ class BlockPoolMachine(RuleBasedStateMachine):
             assert block == self.cached.get(key, -1)
             if block < 0:
                 break
-            assert self.pool.is_free(block) == (block in self.free)
+            assert self.pool.is_free(block) == (block in self.idle)
             self.pool.acquire(block)
-            if block in self.free:
-                self.free.remove(block)
+            if block in self.idle:
+                self.idle.remove(block)
             table.append(block)
             prefixes.append(self.pool.prefix(block))
             assert prefixes[-1] == self.ids[key]
@@ -94,14 +102,14 @@ class BlockPoolMachine(RuleBasedStateMachine):
             if any(block in other for other in self.tables):
                 continue
             if block in self.cached.values():
-                self.free.append(block)  # the most recently used
+                self.idle.append(block)  # the most recently used
             else:
-                self.free.insert(0, block)  # holds nothing of use
+                self.empty.append(block)  # holds nothing of use
 
     @invariant()
     def agrees(self) -> None:
         self.pool.check_integrity(self.tables)
-        assert self.pool.num_free == len(self.free)
+        assert self.pool.num_free == len(self.empty) + len(self.unused) + len(self.idle)
 
 
 BlockPoolMachine.TestCase.settings = settings(

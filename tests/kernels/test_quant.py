@@ -64,24 +64,55 @@ def test_floats_to_halves() -> None:
     values = interesting_floats()
     with np.errstate(over="ignore", invalid="ignore", under="ignore"):
         expected = values.astype(np.float16)
-    got = _kernels_test.quantize_plain("F16", values).view(np.float16)
+    got = _kernels_test.quantize("F16", values).view(np.float16)
     assert same_bits(got.astype(np.float32), expected.astype(np.float32))
 
 
 def test_floats_to_bfloat16() -> None:
     values = interesting_floats()
     expected = gguf.quantize(values[None], gguf.GGMLQuantizationType.BF16)[0].view(np.uint16)
-    assert np.array_equal(_kernels_test.quantize_plain("BF16", values).view(np.uint16), expected)
+    assert np.array_equal(_kernels_test.quantize("BF16", values).view(np.uint16), expected)
 
 
 def test_floats_to_floats() -> None:
     values = interesting_floats()
-    assert np.array_equal(_kernels_test.quantize_plain("F32", values).view(np.uint32), values.view(np.uint32))
+    assert np.array_equal(_kernels_test.quantize("F32", values).view(np.uint32), values.view(np.uint32))
 
 
-@pytest.mark.parametrize("name", [name for name in FORMATS if name not in PLAIN])
+def test_floats_to_bytes_by_channel() -> None:
+    """The largest magnitude becomes 127; a row is its scale and its bytes."""
+    rng = np.random.default_rng(4)
+    for row in [
+        *rng.normal(size=(20, 96)).astype(np.float32),
+        np.zeros(96, np.float32),
+        np.full(96, 1e-38, np.float32),
+    ]:
+        data = _kernels_test.quantize("INT8", row)
+        scale, q = data[:4].view(np.float32)[0], data[4:].view(np.int8)
+        assert scale == np.abs(row).max() / np.float32(127)
+        assert np.all(np.abs(q.astype(np.float64) * scale - row) <= max(scale * 0.5000001, 2.0**-100))
+        assert np.array_equal(_kernels_test.dequantize("INT8", data, 96)[0], scale * q.astype(np.float32))
+
+
+def test_floats_to_four_bits_are_never_worse_than_by_their_range() -> None:
+    rng = np.random.default_rng(5)
+    rows = np.concatenate([rng.normal(size=(50, 64)), rng.standard_t(2, size=(50, 64)), np.zeros((1, 64))])
+    rows = np.concatenate([rows, np.full((1, 64), 3.5)]).astype(np.float32)
+    reference = gguf.quantize(rows, gguf.GGMLQuantizationType.Q4_1)
+    ours = np.stack([_kernels_test.quantize("Q4_1", row) for row in rows])
+
+    def errors(data: NDArray[np.uint8]) -> NDArray[np.float64]:
+        back = gguf.dequantize(data, gguf.GGMLQuantizationType.Q4_1).astype(np.float64)
+        result: NDArray[np.float64] = ((back - rows) ** 2).reshape(-1, 32).sum(axis=1)
+        return result
+
+    assert np.all(errors(ours) <= errors(reference) * (1 + 1e-5) + 1e-12)
+    assert errors(ours).sum() < 0.95 * errors(reference).sum()
+
+
+@pytest.mark.parametrize("name", [name for name in FORMATS if name not in {*PLAIN, "Q4_1"}])
 def test_what_cannot_be_done_is_refused(name: str) -> None:
-    with pytest.raises(RuntimeError, match="F32, F16 and BF16 only"):
-        _kernels_test.quantize_plain(name, np.zeros(256, np.float32))
+    with pytest.raises(RuntimeError, match="nothing is quantised to this format"):
+        _kernels_test.quantize(name, np.zeros(256, np.float32))
     with pytest.raises(RuntimeError, match="multiple of the block size"):
         _kernels_test.dequantize(name, np.zeros(256, np.uint8), 33)
