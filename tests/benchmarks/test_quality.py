@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from benchmarks.llama_logits import Setting, _Block
-from benchmarks.quality import TEXTS, Row, log_softmax, windows
+from benchmarks.quality import TEXTS, Row, measure, windows
 from langchain_vllm_server.checkpoint import load_checkpoint
 from tests.server.checkpoint_fixtures import SMOLLM2
 
@@ -55,20 +55,14 @@ class Fixed:
 
 
 def test_divergence_and_agreement() -> None:
-    reference = log_softmax(np.log(np.array([[0.5, 0.25, 0.25], [0.5, 0.25, 0.25]], np.float32)))
-    row = Row("engine", Fixed([[0, 0, 0], [np.log(2), 0, 0]]))  # uniform; the reference itself
-    row.measure([1, 2], reference)
-    uniform = 0.5 * np.log(1.5) + 0.5 * np.log(0.75)
-    assert row.divergence == pytest.approx([uniform, 0], abs=1e-7)
-    assert row.same == [True, True]
-    assert row.cells() == [
-        "engine",
-        f"{uniform / 2:.5f}",
-        f"{uniform:.5f}",
-        "0e+00",
-        f"{0.99 * uniform:.4f}",
-        "100.00 %",
-    ]
+    skewed = [np.log(2).item(), 0, 0]  # 1/2, 1/4, 1/4
+    uniform, other = Row("a", Fixed([[0, 0, 0], skewed])), Row("b", Fixed([[0, 1, 0], [0, 0, 9]]))
+    measure([1, 2], Fixed([skewed, skewed]), [uniform, other])
+    expected = 0.5 * np.log(1.5) + 0.5 * np.log(0.75)
+    assert uniform.divergence == pytest.approx([expected, 0], abs=1e-7)
+    assert uniform.cells()[:3] == ["a", f"{expected / 2:.5f}", f"{expected:.5f}"]
+    assert uniform.cells()[4:] == [f"{0.99 * expected:.4f}", "100.00 %"]
+    assert other.cells()[-1] == "0.00 %"
 
 
 def test_there_is_text_enough() -> None:
