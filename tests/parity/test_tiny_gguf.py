@@ -14,8 +14,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader, GGUFWriter
 from gguf.quants import dequantize, quantize
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tests.parity.models import Reference, assert_as_exact, num_blocks, our_model, run
-from tests.parity.test_smollm2 import hugging_face_name
+from tests.parity.models import Reference, assert_as_exact, hugging_face_name, num_blocks, our_model, run
 
 if TYPE_CHECKING:
     from pathlib import Path
