@@ -133,10 +133,11 @@ std::pair<double, double> bench_linear(const std::string& isa, const std::string
   ThreadPool pool(threads);
   Arena arena;
   const Kernels& kernels = kernels_named(isa);
-  const std::vector<std::byte> data = random_rows(format_named(format), rows, cols);
-  const Tensor source{"", format_named(format), rows, cols, data.data()};
+  const Format packed = format_named(format), stored = packed == Format::INT8 ? Format::F32 : packed;
+  const std::vector<std::byte> data = random_rows(stored, rows, cols);
+  const Tensor source{"", stored, rows, cols, data.data(), packed};
   std::vector<std::unique_ptr<Weight>> weights;
-  for (size_t i = 0; i <= kUncached / data.size(); ++i)
+  for (size_t i = 0; i <= kUncached / (static_cast<size_t>(rows) * row_bytes(packed, cols)); ++i)
     weights.push_back(
         pack_weight(pool, arena, {&source, 1}, {}, exact ? Arithmetic::EXACT : Arithmetic::INT8));
   std::vector<float> x(static_cast<size_t>(n * cols), 1.0f), y(static_cast<size_t>(n * rows));
@@ -177,17 +178,6 @@ std::map<std::string, double> bench_peaks(const std::string& isa, int threads) {
            best_rate(kBytes, [&](int i, int) { peak.read(data[static_cast<size_t>(i)].get(), kBytes); })}};
 }
 
-// Packed bytes per second, in GB/s.
-double bench_pack(const std::string& format, int64_t rows, int64_t cols, int threads) {
-  ThreadPool pool(threads);
-  Arena arena;
-  const std::vector<std::byte> data = random_rows(format_named(format), rows, cols);
-  const Tensor source{"", format_named(format), rows, cols, data.data()};
-  const auto start = Clock::now();
-  const auto weight = pack_weight(pool, arena, {&source, 1}, {}, Arithmetic::EXACT);
-  return static_cast<double>(data.size()) * 1e-9 / seconds_since(start);
-}
-
 }  // namespace
 }  // namespace engine
 
@@ -212,8 +202,6 @@ void bind_linear(nb::module_& m) {
   m.def("bench_linear", &bench_linear, "isa"_a, "format"_a, "rows"_a, "cols"_a, "n"_a, "threads"_a,
         "seconds"_a, "exact"_a, nb::call_guard<nb::gil_scoped_release>());
   m.def("bench_peaks", &bench_peaks, "isa"_a, "threads"_a, nb::call_guard<nb::gil_scoped_release>());
-  m.def("bench_pack", &bench_pack, "format"_a, "rows"_a, "cols"_a, "threads"_a,
-        nb::call_guard<nb::gil_scoped_release>());
   nb::class_<Linear>(m, "Linear")
       .def(nb::init<const std::string&, int, const std::vector<Source>&, const std::vector<float>&, bool,
                     const std::string&>(),

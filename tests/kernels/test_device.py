@@ -66,6 +66,13 @@ def test_cache_size(kv_format: str, size: int, head_dim: int, padded: int) -> No
     assert attention.cache_bytes == 7 * attention.kv_bytes_per_block
 
 
+@pytest.mark.parametrize(("head_dim", "padded"), [(64, 64), (80, 80), (20, 32)])
+def test_cache_of_bytes_has_a_scale_for_each_key_and_value(head_dim: int, padded: int) -> None:
+    config = {"num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": head_dim}
+    attention = _kernels_test.Attention("scalar", 1, config, "INT8", 7)
+    assert attention.kv_bytes_per_block == 3 * 2 * 16 * (head_dim + padded + 2 * 4)
+
+
 def test_a_cache_takes_memory_only_where_it_is_written() -> None:
     config = {"num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32, "head_dim": 128}
     attention = _kernels_test.Attention("scalar", 1, config, "F32", 4096)
