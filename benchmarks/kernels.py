@@ -2,9 +2,9 @@
 
     python -m benchmarks.kernels [--check] [--isa avx512vnni] [--threads 2] [--formats Q4_1,INT8] [--seconds 0.3]
 
-Speed is given as GMAC/s, as GB/s of weights (or keys and values) read, and as a share of the peak that the same cores
-reach in registers: integer dot products where weights and activations are bytes, f32 multiply-adds where the multiply is
-exact. Quantised formats are measured twice: in integers, as the engine multiplies them unless told otherwise, and
+Speed is given as GMAC/s, as GB/s of weights (or keys and values) read, and as a share of what the same cores reach in
+registers: integer dot products where weights and activations are bytes, f32 multiply-adds where the multiply is exact.
+Quantised formats are measured twice: in integers, as the engine multiplies them unless told otherwise, and
 exactly, as --dtype float32 does. INT8 is what --quantization int8 makes of floats. Weights are read from as many copies
 as no cache holds, in turn, as a forward pass does. K-quants come in multiples of 256 columns: 576 becomes 512.
 

@@ -46,6 +46,8 @@ INTRODUCTION = """\
 How many times better ours is, with the target in parentheses and ✗ where it is missed. A GGUF is compared with the same
 GGUF; the other columns have ours on the bf16 checkpoint with `--quantization int8 --kv-cache-dtype int8`."""
 
+WHY = "Why, and what it would take: [LOG.md](LOG.md). What number formats cost in quality: [QUALITY.md](QUALITY.md)."
+
 
 def write(results: Results, folder: Path) -> str:
     """Write RESULTS.md and the plot; returns the main tables."""
@@ -57,7 +59,7 @@ def write(results: Results, folder: Path) -> str:
         MEASURED,
         comparisons,
         "![Throughput and latency over concurrency](serving.png)" if drawn else "",
-        "## Where targets are missed\n\n" + _bullets(misses(results)),
+        "## Where targets are missed\n\n" + WHY + "\n\n" + _bullets(misses(results)),
         "## What was measured",
         absolute_table(results),
         serving_table(results),
