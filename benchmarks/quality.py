@@ -106,12 +106,18 @@ class Row:
 
     def cells(self) -> list[str]:
         values = np.array(self.divergence)
-        halves = [half.mean() for half in np.split(values, 2)]
-        means = [f"{mean:.5f}" if mean > 1e-5 else f"{mean:.0e}" for mean in (values.mean(), *halves)]
-        return [self.name, *means, f"{np.quantile(values, 0.99):.4f}", f"{100 * np.mean(self.same):.2f} %"]
+        error = values.std() / len(values) ** 0.5
+        halves = [short(half.mean()) for half in np.split(values, 2)]
+        quantile = f"{np.quantile(values, 0.99):.4f}"
+        mean = f"{short(values.mean())} ± {short(error)}"
+        return [self.name, mean, *halves, quantile, f"{100 * np.mean(self.same):.2f} %"]
 
 
-HEADER = ["model", "computed by", "mean KL", "prose", "sampled", "p99 KL", "same first choice"]
+def short(value: float) -> str:
+    return f"{value:.5f}" if value > 1e-5 else f"{value:.0e}"
+
+
+HEADER = ["model", "computed by", "mean KL ± standard error", "prose", "sampled", "p99 KL", "same first choice"]
 
 
 def measure(window: list[int], reference: Engine, rows: list[Row]) -> None:
@@ -147,7 +153,8 @@ def engines(path: Path, checkpoint: Checkpoint, rounded: list[str]) -> Iterator[
     """What is compared on one model."""
     yield Row("ours", Ours(checkpoint))
     if checkpoint.dtype in PLAIN:  # what the cache costs has nothing to do with the weights: once is enough
-        yield Row("ours, KV cache in bf16", Ours(checkpoint, cache="BF16"))
+        for cache in ("BF16", "INT8"):
+            yield Row(f"ours, KV cache in {cache.lower()}", Ours(checkpoint, cache=cache))
         for name in rounded:
             yield Row(f"ours, `--quantization {name}`", Ours(checkpoint, weights=name.upper()))
     library = os.environ.get("LLAMA_LIBRARY")

@@ -60,7 +60,8 @@ def test_divergence_and_agreement() -> None:
     measure([1, 2], Fixed([skewed, skewed]), [uniform, other])
     expected = 0.5 * np.log(1.5) + 0.5 * np.log(0.75)
     assert uniform.divergence == pytest.approx([expected, 0], abs=1e-7)
-    assert uniform.cells()[:3] == ["a", f"{expected / 2:.5f}", f"{expected:.5f}"]
+    error = expected / 2 / 2**0.5
+    assert uniform.cells()[:3] == ["a", f"{expected / 2:.5f} ± {error:.5f}", f"{expected:.5f}"]
     assert uniform.cells()[4:] == [f"{0.99 * expected:.4f}", "100.00 %"]
     assert other.cells()[-1] == "0.00 %"
 
