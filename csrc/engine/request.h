@@ -42,8 +42,8 @@ struct EngineOptions {
   int32_t max_num_seqs = 256;
   int32_t max_num_batched_tokens = 512;
   Format kv_format = Format::F16;
-  // "" keeps each tensor's own; F32, F16, BF16, INT8 (per channel) or INT4 (Q4_1) converts the plain-float
-  // ones.
+  // "" keeps each tensor's own; F32, F16, BF16, INT8 (per channel) or INT4 (see load_weights) converts the
+  // plain-float ones.
   std::string weight_format;
   bool exact = false;  // multiply quantised weights as the f32 numbers they stand for, not in integers
   bool enable_prefix_caching = true;

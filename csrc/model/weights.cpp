@@ -36,9 +36,12 @@ class Conversion {
             "weight_format is \"" + weight_format + "\", expected \"\", F32, F16, BF16, INT8 or INT4");
   }
 
-  // Plain floats alone are converted, and only where their columns fill whole blocks.
-  Format of(Format format, int64_t cols) const {
-    return target_ && is_plain(format) && cols % block_size(*target_) == 0 ? *target_ : format;
+  // Plain floats alone are converted, and only where their columns fill whole blocks. Four bits cost the
+  // embeddings and the head most, so these get bytes (benchmarks/LOG.md).
+  Format of(const std::string& role, Format format, int64_t cols) const {
+    if (!target_ || !is_plain(format) || cols % block_size(*target_) != 0) return format;
+    const bool vocabulary = role == "embed" || role == "lm_head";
+    return *target_ == Format::Q4_1 && vocabulary ? Format::INT8 : *target_;
   }
 
  private:
@@ -64,7 +67,7 @@ class Loader {
     require(found_rows == rows, "tensor " + names(sources) + " has shape " + shape_text(found_rows, cols) +
                                     ", expected " + shape_text(rows, cols) + " by the config");
     const std::vector<float> bias = optional_vector(role + ".bias", rows);
-    for (Tensor& t : sources) t.target = conversion_.of(t.format, t.cols);
+    for (Tensor& t : sources) t.target = conversion_.of(role, t.format, t.cols);
     auto packed = device_.pack(sources, bias);
     for (const Tensor& t : sources) loading_.bytes_done += bytes(t);
     return packed;
@@ -133,7 +136,7 @@ int64_t loaded_bytes(const TensorIndex& tensors, const std::string& weight_forma
   TensorIndex converted = tensors;
   for (auto& [role, infos] : converted)
     for (TensorInfo& info : infos)
-      if (info.shape.size() == 2) info.format = conversion.of(info.format, info.shape.back());
+      if (info.shape.size() == 2) info.format = conversion.of(role, info.format, info.shape.back());
   return stored_bytes(converted);
 }
 
