@@ -27,7 +27,7 @@ struct Division {
   }
 };
 
-// Row tiles that one task multiplies: enough to pay for unpacking the weights.
+// Row tiles that one task multiplies: enough to pay for reading, or expanding, the weights.
 int64_t tiles_per_task(int64_t cols) {
   return std::max<int64_t>(1,
                            kTaskBytes / (ceil_div(cols, 32) * static_cast<int64_t>(sizeof(QuantisedTile))));
