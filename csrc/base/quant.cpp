@@ -153,11 +153,19 @@ void write(std::byte* data, int64_t index, T value) {
   std::memcpy(data + static_cast<size_t>(index) * sizeof(T), &value, sizeof(T));
 }
 
+// 0, or NaN if there is a NaN or an infinity: added to a scale, it keeps a broken weight from looking like a
+// number.
+float poison(const float* x, int64_t count) {
+  float sum = 0;
+  for (int64_t i = 0; i < count; ++i) sum += x[i] - x[i];
+  return sum;
+}
+
 void quantize_int8(const float* row, std::byte* out, int64_t cols) {
   float most = 0;
   for (int64_t i = 0; i < cols; ++i) most = std::max(most, std::abs(row[i]));
-  const float inverse = most > 0x1p-100f ? 127 / most : 0;
-  write(out, 0, most / 127);
+  const float inverse = most > 0x1p-100f && std::isfinite(most) ? 127 / most : 0;
+  write(out, 0, most / 127 + poison(row, cols));
   auto* q = reinterpret_cast<int8_t*>(out + sizeof(float));
   for (int64_t i = 0; i < cols; ++i) q[i] = static_cast<int8_t>(std::lrintf(row[i] * inverse));
 }
@@ -206,7 +214,7 @@ BlockQ4_1 quantize_q4_1(const float* x) {
     const Affine a = fit_affine(x, round_affine(x, range / 15, *low + (*high - *low) * shrink));
     if (a.error < best.error) best = a;
   }
-  BlockQ4_1 block{float_to_half(best.scale), float_to_half(best.offset), {}};
+  BlockQ4_1 block{float_to_half(best.scale + poison(x, 32)), float_to_half(best.offset), {}};
   for (int i = 0; i < 16; ++i) block.q[i] = static_cast<uint8_t>(best.q[i] | best.q[16 + i] << 4);
   return block;
 }

@@ -110,6 +110,15 @@ def test_floats_to_four_bits_are_never_worse_than_by_their_range() -> None:
     assert errors(ours).sum() < 0.95 * errors(reference).sum()
 
 
+@pytest.mark.parametrize("name", ["INT8", "Q4_1"])
+@pytest.mark.parametrize("broken", [np.nan, np.inf, -np.inf])
+def test_a_weight_that_is_no_number_is_not_rounded_to_one(name: str, broken: float) -> None:
+    row = np.ones(64, np.float32)
+    row[5] = broken
+    back = _kernels_test.dequantize(name, _kernels_test.quantize(name, row), 64)
+    assert not np.isfinite(back[0, 5])
+
+
 @pytest.mark.parametrize("name", [name for name in FORMATS if name not in {*PLAIN, "Q4_1"}])
 def test_what_cannot_be_done_is_refused(name: str) -> None:
     with pytest.raises(RuntimeError, match="nothing is quantised to this format"):
