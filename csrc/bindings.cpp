@@ -35,7 +35,7 @@ struct Names {
 
 constexpr Names<Norm, 2> kNorms{{"rms", "layer"}};
 constexpr Names<Activation, 4> kActivations{{"silu", "gelu", "gelu_tanh", "relu"}};
-constexpr Names<Finish, 5> kFinishes{{"", "stop", "length", "abort", "error"}};
+constexpr Names<Finish, 6> kFinishes{{"", "stop", "length", "abort", "error", "repetition"}};
 
 Format parse_format(const std::string& name) {
   for (int i = 0; i < kNumFormats; ++i)
@@ -45,9 +45,9 @@ Format parse_format(const std::string& name) {
 
 using LogprobTuple = std::tuple<int32_t, float, int32_t>;
 
-std::vector<std::vector<LogprobTuple>> logprob_tuples(const Event& event) {
+std::vector<std::vector<LogprobTuple>> logprob_tuples(const std::vector<TokenLogprobs>& tokens) {
   std::vector<std::vector<LogprobTuple>> out;
-  for (const auto& token : event.logprobs) {
+  for (const TokenLogprobs& token : tokens) {
     auto& row = out.emplace_back();
     for (const TokenLogprob& l : token) row.emplace_back(l.token, l.logprob, l.rank);
   }
@@ -141,7 +141,22 @@ void bind_requests(nb::module_& m) {
       .def_rw("num_logprobs", &SamplingParams::num_logprobs)
       .def_rw("max_tokens", &SamplingParams::max_tokens)
       .def_rw("min_tokens", &SamplingParams::min_tokens)
-      .def_rw("stop_token_ids", &SamplingParams::stop_token_ids);
+      .def_rw("stop_token_ids", &SamplingParams::stop_token_ids)
+      .def_rw("allowed_token_ids", &SamplingParams::allowed_token_ids)
+      .def_rw("bad_words", &SamplingParams::bad_words)
+      .def_rw("logprob_token_ids", &SamplingParams::logprob_token_ids)
+      .def_rw("num_prompt_logprobs", &SamplingParams::num_prompt_logprobs)
+      .def_prop_rw(
+          "repetition_detection",  // (max_pattern_size, min_pattern_size, min_count)
+          [](const SamplingParams& p) {
+            const RepetitionDetection& r = p.repetition_detection;
+            return std::tuple(r.max_pattern_size, r.min_pattern_size, r.min_count);
+          },
+          [](SamplingParams& p, std::tuple<int32_t, int32_t, int32_t> r) {
+            p.repetition_detection = {std::get<0>(r), std::get<1>(r), std::get<2>(r)};
+          })
+      .def_rw("priority", &SamplingParams::priority)
+      .def_rw("cache_salt", &SamplingParams::cache_salt);
 
   nb::class_<Loading>(m, "Loading")
       .def(nb::init<>())
@@ -151,7 +166,8 @@ void bind_requests(nb::module_& m) {
   nb::class_<Event>(m, "Event")
       .def_ro("request_id", &Event::request_id)
       .def_ro("tokens", &Event::tokens)
-      .def_prop_ro("logprobs", &logprob_tuples)
+      .def_prop_ro("logprobs", [](const Event& e) { return logprob_tuples(e.logprobs); })
+      .def_prop_ro("prompt_logprobs", [](const Event& e) { return logprob_tuples(e.prompt_logprobs); })
       .def_prop_ro("finish", [](const Event& e) { return kFinishes(e.finish); })
       .def_ro("num_cached_tokens", &Event::num_cached_tokens)
       .def_ro("scheduled_time", &Event::scheduled_time)

@@ -110,7 +110,7 @@ void run_engine(Inbox& inbox, Outbox& outbox) {
     if (!scheduler.busy()) continue;
     const Step step = scheduler.schedule(0);
     std::vector<Sampled> next = model.forward(make_batch(step));
-    outbox.post(scheduler.commit(step, next, 0));
+    outbox.post(scheduler.commit(step, next, {}, 0));
     scheduler.check_integrity();
   }
   Stats stats;

@@ -36,7 +36,7 @@ void check_tables(const BlockPool& pool, const std::vector<std::vector<int32_t>>
 }
 
 const char* finish_name(Finish finish) {
-  constexpr const char* names[] = {"", "stop", "length", "abort", "error"};
+  constexpr const char* names[] = {"", "stop", "length", "abort", "error", "repetition"};
   return names[static_cast<int>(finish)];
 }
 
@@ -63,6 +63,8 @@ nb::dict to_python(const Batch& batch) {
   for (const SamplingRow& row : batch.sampling)
     sampling.append(nb::make_tuple(std::vector<int32_t>(row.tokens.begin(), row.tokens.end()), row.num_prompt,
                                    row.position, row.params->seed));
+  nb::list scoring;
+  for (const ScoringRow& row : batch.scoring) scoring.append(nb::make_tuple(row.token, row.num_logprobs));
   nb::dict out;
   out["tokens"] = batch.tokens;
   out["positions"] = batch.positions;
@@ -70,6 +72,8 @@ nb::dict to_python(const Batch& batch) {
   out["block_tables"] = batch.block_tables;
   out["logit_rows"] = batch.logit_rows;
   out["sampling"] = sampling;
+  out["scoring_rows"] = batch.scoring_rows;
+  out["scoring"] = scoring;
   return out;
 }
 
@@ -84,7 +88,13 @@ class SteppedScheduler {
     std::vector<Sampled> sampled(tokens.size());
     for (size_t i = 0; i < tokens.size(); ++i)
       sampled[i] = {.token = tokens[i], .logprobs = {{tokens[i], -0.5f, 1}}};
-    return scheduler.commit(std::exchange(step, {}), sampled, now);
+    std::vector<TokenLogprobs> scored;
+    for (const ScheduledSequence& s : step) {
+      const ScoredRange range = scored_range(s);
+      for (int32_t i = range.first; i < range.last; ++i)
+        scored.push_back({{s.sequence->tokens[static_cast<size_t>(i) + 1], -0.5f, 1}});
+    }
+    return scheduler.commit(std::exchange(step, {}), sampled, scored, now);
   }
 
   nb::dict stats() const {
@@ -112,10 +122,31 @@ void bind_values(nb::module_& m) {
       .def_rw("num_logprobs", &SamplingParams::num_logprobs)
       .def_rw("max_tokens", &SamplingParams::max_tokens)
       .def_rw("min_tokens", &SamplingParams::min_tokens)
-      .def_rw("stop_token_ids", &SamplingParams::stop_token_ids);
+      .def_rw("stop_token_ids", &SamplingParams::stop_token_ids)
+      .def_rw("allowed_token_ids", &SamplingParams::allowed_token_ids)
+      .def_rw("bad_words", &SamplingParams::bad_words)
+      .def_rw("logprob_token_ids", &SamplingParams::logprob_token_ids)
+      .def_rw("num_prompt_logprobs", &SamplingParams::num_prompt_logprobs)
+      .def_prop_rw(
+          "repetition_detection",  // (max_pattern_size, min_pattern_size, min_count)
+          [](const SamplingParams& p) {
+            const RepetitionDetection& r = p.repetition_detection;
+            return std::tuple(r.max_pattern_size, r.min_pattern_size, r.min_count);
+          },
+          [](SamplingParams& p, std::tuple<int32_t, int32_t, int32_t> r) {
+            p.repetition_detection = {std::get<0>(r), std::get<1>(r), std::get<2>(r)};
+          })
+      .def_rw("priority", &SamplingParams::priority)
+      .def_rw("cache_salt", &SamplingParams::cache_salt);
   nb::class_<Event>(m, "Event")
       .def_ro("request_id", &Event::request_id)
       .def_ro("tokens", &Event::tokens)
+      .def_prop_ro("prompt_logprobs",
+                   [](const Event& event) {
+                     std::vector<int32_t> tokens;
+                     for (const TokenLogprobs& one : event.prompt_logprobs) tokens.push_back(one.at(0).token);
+                     return tokens;
+                   })
       .def_prop_ro("num_logprobs", [](const Event& event) { return event.logprobs.size(); })
       .def_prop_ro("finish", [](const Event& event) { return finish_name(event.finish); })
       .def_ro("num_cached_tokens", &Event::num_cached_tokens)
@@ -145,6 +176,7 @@ void bind_block_pool(nb::module_& m) {
              return pool.publish(block, make_key(prefix, tokens));
            })
       .def("prefix", &BlockPool::prefix)
+      .def("root", &BlockPool::root)
       .def("check_integrity", &check_tables, "tables"_a);
 }
 

@@ -93,6 +93,9 @@ SamplingParams make_params(nb::dict values) {
   read("num_logprobs", params.num_logprobs);
   read("min_tokens", params.min_tokens);
   read("stop_token_ids", params.stop_token_ids);
+  read("allowed_token_ids", params.allowed_token_ids);
+  read("bad_words", params.bad_words);
+  read("logprob_token_ids", params.logprob_token_ids);
   return params;
 }
 
@@ -179,7 +182,14 @@ void activation(CpuDevice& device, const std::string& kind, bool gated, Matrix x
 
 // params, tokens so far, num_prompt, position
 using SampleRequest = std::tuple<nb::dict, std::vector<int32_t>, int32_t, uint64_t>;
-using SampleResult = std::pair<int32_t, std::vector<std::tuple<int32_t, float, int32_t>>>;
+using PlainLogprobs = std::vector<std::tuple<int32_t, float, int32_t>>;
+using SampleResult = std::pair<int32_t, PlainLogprobs>;
+
+PlainLogprobs plain(const TokenLogprobs& logprobs) {
+  PlainLogprobs out;
+  for (const TokenLogprob& one : logprobs) out.emplace_back(one.token, one.logprob, one.rank);
+  return out;
+}
 
 std::vector<SampleResult> sample(CpuDevice& device, Matrix logits,
                                  const std::vector<SampleRequest>& requests) {
@@ -197,11 +207,19 @@ std::vector<SampleResult> sample(CpuDevice& device, Matrix logits,
     device.sample(logits.data(), cols(logits), sampling, sampled);
   }
   std::vector<SampleResult> results;
-  for (const Sampled& row : sampled) {
-    results.emplace_back(row.token, std::vector<std::tuple<int32_t, float, int32_t>>());
-    for (const TokenLogprob& top : row.logprobs)
-      results.back().second.emplace_back(top.token, top.logprob, top.rank);
-  }
+  for (const Sampled& row : sampled) results.emplace_back(row.token, plain(row.logprobs));
+  return results;
+}
+
+std::vector<SampleResult> score(CpuDevice& device, Matrix logits,
+                                const std::vector<std::pair<int32_t, int32_t>>& tokens) {
+  std::vector<ScoringRow> scoring;
+  for (const auto& [token, num_logprobs] : tokens) scoring.push_back({token, num_logprobs});
+  check(scoring.size() == logits.shape(0), "one token per row");
+  std::vector<TokenLogprobs> scored(scoring.size());
+  device.score(logits.data(), cols(logits), scoring, scored);
+  std::vector<SampleResult> results;
+  for (size_t i = 0; i < scored.size(); ++i) results.emplace_back(scoring[i].token, plain(scored[i]));
   return results;
 }
 
@@ -266,7 +284,8 @@ void bind_device(nb::module_& m) {
                    "upload keeps the numbers");
              return reinterpret_cast<uintptr_t>(buffer->data);
            })
-      .def("sample", sample);
+      .def("sample", sample)
+      .def("score", score);
 }
 
 }  // namespace

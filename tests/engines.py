@@ -26,6 +26,7 @@ class Result:
     logprobs: list[list[tuple[int, float, int]]] = dataclasses.field(default_factory=list)
     finish: str = ""
     num_cached_tokens: int = 0
+    prompt_logprobs: list[list[tuple[int, float, int]]] = dataclasses.field(default_factory=list)
 
 
 def sampling(**values: Any) -> _engine.SamplingParams:
@@ -61,6 +62,7 @@ class Client:
             assert not result.finish, "nothing comes after the last event"
             result.tokens += event.tokens
             result.logprobs += event.logprobs
+            result.prompt_logprobs += event.prompt_logprobs
             result.finish = event.finish
             result.num_cached_tokens = event.num_cached_tokens
 

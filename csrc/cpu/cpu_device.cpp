@@ -217,4 +217,9 @@ void CpuDevice::sample(float* logits, int vocab, std::span<const SamplingRow> ro
   sampler_.sample(logits, vocab, rows, out);
 }
 
+void CpuDevice::score(float* logits, int vocab, std::span<const ScoringRow> rows,
+                      std::span<TokenLogprobs> out) {
+  sampler_.score(logits, vocab, rows, out);
+}
+
 }  // namespace engine

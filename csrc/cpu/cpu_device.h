@@ -44,6 +44,8 @@ class CpuDevice : public Device {
   void gather_rows(const float* x, std::span<const int32_t> rows, float* out, int size) override;
   void scale(float* x, float factor, int n, int size) override;
   void sample(float* logits, int vocab, std::span<const SamplingRow> rows, std::span<Sampled> out) override;
+  void score(float* logits, int vocab, std::span<const ScoringRow> rows,
+             std::span<TokenLogprobs> out) override;
 
  private:
   template <class F>

@@ -62,21 +62,33 @@ double sum(std::span<const float> x) {
          ((chains[4] + chains[5]) + (chains[6] + chains[7]));
 }
 
+float& logit(std::span<float> logits, int32_t token, const char* rule) {
+  check(token >= 0 && static_cast<size_t>(token) < logits.size(), rule);
+  return logits[static_cast<size_t>(token)];
+}
+
+// Masks the last token of a sequence whose other tokens are the last of the output.
+void mask_bad_words(std::span<float> logits, const SamplingRow& row) {
+  const auto output = row.tokens.subspan(static_cast<size_t>(row.num_prompt));
+  for (const std::vector<int32_t>& word : row.params->bad_words) {
+    check(!word.empty(), "a bad word has a token");
+    const size_t before = word.size() - 1;
+    if (before > output.size()) continue;
+    if (std::equal(word.rbegin() + 1, word.rend(), output.rbegin()))
+      logit(logits, word.back(), "bad_words: tokens of the vocabulary") = kLowest;
+  }
+}
+
 // What changes logits before anything is drawn, but for the penalties.
 void apply_bias(std::span<float> logits, const SamplingRow& row) {
   const SamplingParams& params = *row.params;
-  for (const auto& [token, bias] : params.logit_bias) {
-    check(token >= 0 && static_cast<size_t>(token) < logits.size(),
-          "logit_bias names tokens of the vocabulary");
-    logits[static_cast<size_t>(token)] += bias;
-  }
+  mask_bad_words(logits, row);
+  for (const auto& [token, bias] : params.logit_bias)
+    logit(logits, token, "logit_bias: tokens of the vocabulary") += bias;
   const auto num_output = static_cast<int64_t>(row.tokens.size()) - row.num_prompt;
   if (num_output >= params.min_tokens) return;
-  for (const int32_t token : params.stop_token_ids) {
-    check(token >= 0 && static_cast<size_t>(token) < logits.size(),
-          "stop_token_ids are tokens of the vocabulary");
-    logits[static_cast<size_t>(token)] = kLowest;
-  }
+  for (const int32_t token : params.stop_token_ids)
+    logit(logits, token, "stop_token_ids: tokens of the vocabulary") = kLowest;
 }
 
 int32_t argmax(std::span<const float> logits, float greatest) {
@@ -100,11 +112,38 @@ void Sampler::sample_row(std::span<float> logits, const SamplingRow& row, Scratc
   const SamplingParams& params = *row.params;
   make_comparable(logits);
   if (params.num_logprobs >= 0) scratch.raw.assign(logits.begin(), logits.end());
+  restrict(logits, row, scratch.allowed);
   apply_bias(logits, row);
   penalize(logits, row, scratch.counts);
   out.token = draw(logits, row, scratch);
   out.logprobs.clear();
-  if (params.num_logprobs >= 0) fill_logprobs(params, scratch, out);
+  if (params.num_logprobs < 0) return;
+  out.logprobs = params.logprob_token_ids.empty()
+                     ? logprobs(scratch.raw, out.token, params.num_logprobs, scratch)
+                     : logprobs(scratch.raw, out.token, params.logprob_token_ids, scratch);
+}
+
+void Sampler::score(float* logits, int vocab, std::span<const ScoringRow> rows,
+                    std::span<TokenLogprobs> out) {
+  check(vocab > 0 && rows.size() == out.size(), "score: one result per row");
+  scratch_.resize(static_cast<size_t>(pool_.size()));
+  pool_.run(static_cast<int>(rows.size()), [&](int row, int worker) {
+    const auto i = static_cast<size_t>(row), width = static_cast<size_t>(vocab);
+    const std::span<float> raw(logits + i * width, width);
+    make_comparable(raw);
+    out[i] = logprobs(raw, rows[i].token, rows[i].num_logprobs, scratch_[static_cast<size_t>(worker)]);
+  });
+}
+
+// Only the allowed tokens keep their logits.
+void Sampler::restrict(std::span<float> logits, const SamplingRow& row, std::vector<float>& allowed) {
+  const std::vector<int32_t>& tokens = row.params->allowed_token_ids;
+  if (tokens.empty()) return;
+  allowed.clear();
+  for (const int32_t token : tokens)
+    allowed.push_back(logit(logits, token, "allowed_token_ids: tokens of the vocabulary"));
+  std::ranges::fill(logits, kLowest);
+  for (size_t i = 0; i < tokens.size(); ++i) logits[static_cast<size_t>(tokens[i])] = allowed[i];
 }
 
 // Repetition over prompt and output, frequency and presence over the output alone.
@@ -135,6 +174,7 @@ int32_t Sampler::draw(std::span<float> logits, const SamplingRow& row, Scratch& 
   make_comparable(logits);
   const SamplingParams& params = *row.params;
   const float greatest = kernels_.max(logits.data(), logits.size());
+  if (greatest == kLowest && !params.allowed_token_ids.empty()) return params.allowed_token_ids[0];
   if (params.temperature < kGreedyBelow || greatest == kLowest) return argmax(logits, greatest);
   collect(logits, params, scratch);
   if (params.top_p < 1) keep_top_p(params.top_p, scratch);
@@ -211,27 +251,36 @@ double Sampler::log_sum_exp(std::span<const float> logits, Scratch& scratch) con
   return greatest + std::log(sum(scratch.weights));
 }
 
-// The chosen token's, then the greatest ones. A rank counts the tokens that are strictly more likely.
-void Sampler::fill_logprobs(const SamplingParams& params, Scratch& scratch, Sampled& out) const {
-  const std::span<const float> raw = scratch.raw;
-  const double log_sum = log_sum_exp(raw, scratch);
-  const auto logprob = [&](int32_t token) {
-    return static_cast<float>(raw[static_cast<size_t>(token)] - log_sum);
-  };
-  const float chosen = raw[static_cast<size_t>(out.token)];
-  const auto greater = std::count_if(raw.begin(), raw.end(), [chosen](float x) { return x > chosen; });
-  out.logprobs.push_back({out.token, logprob(out.token), static_cast<int32_t>(greater) + 1});
-
-  const size_t k = std::min(raw.size(), static_cast<size_t>(params.num_logprobs));
-  find_greatest(raw, k, scratch.indices);
-  std::sort(scratch.indices.begin(), scratch.indices.end(), Greater{raw.data()});
-  int32_t rank = 1;
-  for (size_t i = 0; i < k; ++i) {
-    const auto token = static_cast<size_t>(scratch.indices[i]);
-    if (i > 0 && raw[token] != raw[static_cast<size_t>(scratch.indices[i - 1])])
-      rank = static_cast<int32_t>(i) + 1;
-    out.logprobs.push_back({scratch.indices[i], logprob(scratch.indices[i]), rank});
+// The token's, then the greatest ones, best first.
+TokenLogprobs Sampler::logprobs(std::span<const float> raw, int32_t token, int32_t num_top,
+                                Scratch& scratch) const {
+  find_greatest(raw, std::min(raw.size(), static_cast<size_t>(num_top)), scratch.indices);
+  std::ranges::sort(scratch.indices, Greater{raw.data()});
+  TokenLogprobs out = logprobs(raw, token, scratch.indices, scratch);
+  for (size_t i = 1; i < out.size(); ++i) {
+    const bool equal =
+        i > 1 && raw[static_cast<size_t>(out[i].token)] == raw[static_cast<size_t>(out[i - 1].token)];
+    out[i].rank = equal ? out[i - 1].rank : static_cast<int32_t>(i);
   }
+  return out;
+}
+
+// The token's, then the others' in their order. A rank counts the tokens that are strictly more likely.
+TokenLogprobs Sampler::logprobs(std::span<const float> raw, int32_t token, std::span<const int32_t> others,
+                                Scratch& scratch) const {
+  const double log_sum = log_sum_exp(raw, scratch);
+  const auto logprob = [&](int32_t t) {
+    check(t >= 0 && static_cast<size_t>(t) < raw.size(), "log-probabilities are of tokens of the vocabulary");
+    return static_cast<float>(raw[static_cast<size_t>(t)] - log_sum);
+  };
+  TokenLogprobs out;
+  out.reserve(1 + others.size());
+  out.push_back({token, logprob(token), 0});
+  const float chosen = raw[static_cast<size_t>(token)];
+  out[0].rank =
+      1 + static_cast<int32_t>(std::ranges::count_if(raw, [chosen](float x) { return x > chosen; }));
+  for (const int32_t other : others) out.push_back({other, logprob(other), 0});
+  return out;
 }
 
 }  // namespace engine

@@ -27,6 +27,8 @@ struct Batch {
       block_tables;  // concatenated; ceil((num_computed + num_tokens) / kBlockSize) per sequence
   std::vector<int32_t> logit_rows;    // (num_logits): indices into tokens
   std::vector<SamplingRow> sampling;  // (num_logits)
+  std::vector<int32_t> scoring_rows;  // (num_scored): indices into tokens
+  std::vector<ScoringRow> scoring;    // (num_scored)
 
   int num_tokens() const { return static_cast<int>(tokens.size()); }
   int num_logits() const { return static_cast<int>(logit_rows.size()); }

@@ -91,6 +91,9 @@ class Device {
   // One token per row of logits (rows.size(), vocab). The logits are scratch afterwards.
   virtual void sample(float* logits, int vocab, std::span<const SamplingRow> rows,
                       std::span<Sampled> out) = 0;
+  // Log-probabilities of one token per row of logits (rows.size(), vocab), scratch afterwards as well.
+  virtual void score(float* logits, int vocab, std::span<const ScoringRow> rows,
+                     std::span<TokenLogprobs> out) = 0;
 };
 
 // kind: "cpu". num_threads 0: one per core that this process may run on.

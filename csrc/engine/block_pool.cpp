@@ -64,6 +64,14 @@ PrefixId BlockPool::publish(int32_t block, const BlockKey& key) {
   return blocks_[entry->second].prefix;
 }
 
+PrefixId BlockPool::root(const std::string& salt) {
+  if (salt.empty()) return kEmptyPrefix;
+  if (roots_.size() >= blocks_.size() && !roots_.contains(salt)) roots_.clear();
+  PrefixId& root = roots_[salt];
+  if (root == kEmptyPrefix) root = ++last_prefix_;
+  return root;
+}
+
 void BlockPool::link(int32_t id) {
   Block& block = blocks_[id];
   block.previous = last_cached_;

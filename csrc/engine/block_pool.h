@@ -7,6 +7,7 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <string>
 #include <unordered_map>
 #include <vector>
 
@@ -57,6 +58,9 @@ class BlockPool {
   // prefix that ends with the block, the same for both.
   PrefixId publish(int32_t block, const BlockKey& key);
   PrefixId prefix(int32_t block) const { return blocks_[block].prefix; }  // of a published block
+  // What the prefixes of one salt begin with; "" gives kEmptyPrefix. There is room for as many salts as there
+  // are blocks; then all are forgotten, and with them what was cached under them.
+  PrefixId root(const std::string& salt);
 
   // Throws InvariantError unless references, free list and keys agree with each other and with `tables`, the
   // block tables of all live sequences. Linear in the pool.
@@ -84,6 +88,7 @@ class BlockPool {
   std::vector<int32_t> empty_;  // free, used before, without a key
   int32_t first_cached_ = -1, last_cached_ = -1, num_cached_ = 0;  // free with a key, in the order of reuse
   PrefixId last_prefix_ = kEmptyPrefix;
+  std::unordered_map<std::string, PrefixId> roots_;
 };
 
 }  // namespace engine

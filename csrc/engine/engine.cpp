@@ -158,10 +158,24 @@ void Engine::loop() {
     float* logits = transformer_->forward(batch);
     std::vector<Sampled> next(batch.sampling.size());
     device_->sample(logits, config_.vocab_size, batch.sampling, next);
-    std::vector<Event> events = scheduler_->commit(step, next, now());
+    std::vector<TokenLogprobs> scored = score(batch);
+    std::vector<Event> events = scheduler_->commit(step, next, scored, now());
     publish_stats();  // first, so that whoever has a request's last event sees it gone
     outbox_.post(std::move(events));
   }
+}
+
+// In pieces: a step may score as many rows as it has tokens, and a row of logits is wide.
+std::vector<TokenLogprobs> Engine::score(const Batch& batch) {
+  std::vector<TokenLogprobs> scored(batch.scoring.size());
+  const auto most = static_cast<size_t>(transformer_->max_logits());
+  for (size_t i = 0; i < scored.size(); i += most) {
+    const size_t n = std::min(most, scored.size() - i);
+    float* logits = transformer_->logits(std::span(batch.scoring_rows).subspan(i, n));
+    device_->score(logits, config_.vocab_size, std::span(batch.scoring).subspan(i, n),
+                   std::span(scored).subspan(i, n));
+  }
+  return scored;
 }
 
 void Engine::apply(Letter letter) {

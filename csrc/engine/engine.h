@@ -39,6 +39,7 @@ class Engine {
   void run();  // the thread: loop(), and whatever ends it, an answer to everyone
   void loop();
   void apply(Letter letter);
+  std::vector<TokenLogprobs> score(const Batch& batch);
   void publish_stats();
 
   EngineOptions options_;

@@ -33,6 +33,8 @@ void check_token(const char* name, int32_t token, int32_t vocab_size) {
     refuse(name, " must be token ids between 0 and ", vocab_size - 1, ", got ", token);
 }
 
+constexpr int32_t kMaxPatternSize = 1024;  // every token is compared with so many before it
+
 void validate_sampling(const SamplingParams& params, int32_t vocab_size) {
   check_not_negative("temperature", params.temperature);
   if (!(params.top_p > 0 && params.top_p <= 1))
@@ -48,12 +50,28 @@ void validate_sampling(const SamplingParams& params, int32_t vocab_size) {
     if (!std::isfinite(bias)) refuse("logit_bias of token ", token, " must be finite, got ", bias);
   }
   check_range("num_logprobs", params.num_logprobs, -1, vocab_size);
+  check_range("num_prompt_logprobs", params.num_prompt_logprobs, -1, vocab_size);
+  for (int32_t token : params.allowed_token_ids) check_token("allowed_token_ids", token, vocab_size);
+  for (int32_t token : params.logprob_token_ids) check_token("logprob_token_ids", token, vocab_size);
+  for (const std::vector<int32_t>& word : params.bad_words) {
+    if (word.empty()) refuse("bad_words must hold at least one token each");
+    for (int32_t token : word) check_token("bad_words", token, vocab_size);
+  }
+}
+
+void validate_repetition_detection(const RepetitionDetection& detection) {
+  if (detection.max_pattern_size == 0) return;
+  check_range("repetition_detection.max_pattern_size", detection.max_pattern_size, 1, kMaxPatternSize);
+  check_range("repetition_detection.min_pattern_size", detection.min_pattern_size, 1,
+              detection.max_pattern_size);
+  check_range("repetition_detection.min_count", detection.min_count, 2, std::numeric_limits<int32_t>::max());
 }
 
 void validate_stopping(const SamplingParams& params, int32_t vocab_size) {
-  if (params.max_tokens < 1) refuse("max_tokens must be at least 1, got ", params.max_tokens);
+  if (params.max_tokens < 0) refuse("max_tokens must be at least 0, got ", params.max_tokens);
   check_range("min_tokens", params.min_tokens, 0, params.max_tokens);
   for (int32_t token : params.stop_token_ids) check_token("stop_token_ids", token, vocab_size);
+  validate_repetition_detection(params.repetition_detection);
 }
 
 }  // namespace

@@ -20,13 +20,14 @@ struct Request {
 // run to its end. `cache_tokens` is what the whole key/value cache holds.
 void validate(const Request& request, int32_t vocab_size, int32_t max_model_len, int64_t cache_tokens);
 
-enum class Finish : uint8_t { NONE, STOP, LENGTH, ABORT, ERROR };
+enum class Finish : uint8_t { NONE, STOP, LENGTH, ABORT, ERROR, REPETITION };
 
 // What one step did for one request. Times are seconds of a steady clock.
 struct Event {
   uint64_t request_id = 0;
-  std::vector<int32_t> tokens;                      // new ones; empty only in an ABORT or ERROR event
-  std::vector<std::vector<TokenLogprob>> logprobs;  // one entry per token when asked for, else empty
+  std::vector<int32_t> tokens;          // new ones; none in an ABORT or ERROR event, or where max_tokens is 0
+  std::vector<TokenLogprobs> logprobs;  // one entry per token when asked for, else empty
+  std::vector<TokenLogprobs> prompt_logprobs;  // of all prompt tokens but the first; in the first event
   Finish finish = Finish::NONE;
   int32_t num_cached_tokens = 0;  // of the prompt, found in the prefix cache
   double scheduled_time = 0;      // when the request first ran

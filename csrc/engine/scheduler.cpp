@@ -1,6 +1,7 @@
 #include "engine/scheduler.h"
 
 #include <algorithm>
+#include <iterator>
 #include <utility>
 
 #include "base/check.h"
@@ -28,13 +29,40 @@ BlockKey key_of_block(const Sequence& sequence, int32_t index, PrefixId prefix) 
   return key;
 }
 
+bool comes_before(const Sequence* a, const Sequence* b) {
+  return std::pair(a->params.priority, a->id) < std::pair(b->params.priority, b->id);
+}
+
+template <class Sequences>
+void insert_in_order(Sequences& sequences, Sequence* sequence) {
+  sequences.insert(std::ranges::upper_bound(sequences, sequence, comes_before), sequence);
+}
+
+// Counts the last output token in, and says whether it completes a repetition: a pattern of k tokens stands
+// there n times in a row when the last (n - 1) * k tokens equal those k before them.
+bool completes_repetition(Sequence& sequence) {
+  const RepetitionDetection& wanted = sequence.params.repetition_detection;
+  const auto last = sequence.tokens.size() - 1;
+  bool found = false;
+  for (int32_t size = wanted.min_pattern_size; size <= wanted.max_pattern_size; ++size) {
+    if (size >= sequence.num_output()) break;
+    int32_t& repeats = sequence.repeats[static_cast<size_t>(size) - 1];
+    repeats = sequence.tokens[last] == sequence.tokens[last - static_cast<size_t>(size)] ? repeats + 1 : 0;
+    found |= repeats >= int64_t{size} * (wanted.min_count - 1);
+  }
+  return found;
+}
+
 // The sampler masks stop tokens until min_tokens are out; only a mask that leaves nothing lets one through.
-Finish finish_reason(const Sequence& sequence) {
+Finish finish_reason(Sequence& sequence) {
   const SamplingParams& params = sequence.params;
-  if (sequence.num_output() > params.min_tokens &&
+  const bool repeats = completes_repetition(sequence);
+  const bool may_end = sequence.num_output() > params.min_tokens;
+  if (may_end &&
       std::ranges::find(params.stop_token_ids, sequence.tokens.back()) != params.stop_token_ids.end())
     return Finish::STOP;
-  return sequence.num_output() >= params.max_tokens ? Finish::LENGTH : Finish::NONE;
+  if (sequence.num_output() >= params.max_tokens) return Finish::LENGTH;
+  return may_end && repeats ? Finish::REPETITION : Finish::NONE;
 }
 
 Event make_event(const Sequence& sequence, Finish finish, double now) {
@@ -49,6 +77,13 @@ Event make_event(const Sequence& sequence, Finish finish, double now) {
 
 }  // namespace
 
+ScoredRange scored_range(const ScheduledSequence& scheduled) {
+  const Sequence& sequence = *scheduled.sequence;
+  const int32_t begin = sequence.num_computed, end = begin + scheduled.num_tokens;
+  const int32_t first = std::max(begin, sequence.num_scored);
+  return {first, std::max(first, std::min(end, sequence.num_to_score()))};
+}
+
 Scheduler::Scheduler(const SchedulerOptions& options)
     : options_(options), pool_(options.num_blocks, options.max_cached_blocks) {
   check(options.max_num_seqs > 0 && options.max_num_batched_tokens > 0, "a step must have room for a token");
@@ -62,7 +97,9 @@ void Scheduler::submit(Request request) {
   const auto [entry, inserted] = sequences_.try_emplace(id);
   check(inserted, "request id " + std::to_string(id) + " is in use");
   entry->second = std::make_unique<Sequence>(std::move(request));
-  waiting_.push_back(entry->second.get());
+  Sequence& sequence = *entry->second;
+  sequence.root = pool_.root(sequence.params.cache_salt);
+  insert_in_order(waiting_, &sequence);
 }
 
 std::optional<Event> Scheduler::cancel(uint64_t id) {
@@ -109,7 +146,7 @@ void Scheduler::admit_waiting(Step& step, Budget& budget, double now) {
     Sequence& sequence = *waiting_.front();
     if (!reserve_at_admission(sequence)) return;
     waiting_.pop_front();
-    running_.push_back(&sequence);
+    insert_in_order(running_, &sequence);
     if (!std::exchange(sequence.admitted, true)) {
       sequence.num_cached = sequence.num_computed;
       sequence.scheduled_time = now;
@@ -140,7 +177,7 @@ bool Scheduler::reserve(Sequence& sequence) {
       continue;
     }
     const bool itself = running_.back() == &sequence;
-    preempt_youngest();
+    preempt_last();
     if (itself) return false;
   }
   return true;
@@ -166,11 +203,13 @@ bool Scheduler::reserve_at_admission(Sequence& sequence) {
   return true;
 }
 
-// Fills the block table with the cached blocks of the sequence's prefix, without references. At least one
-// token is left to compute, for its logits.
+// Fills the block table with the cached blocks of the sequence's prefix, without references. What still needs
+// logits is left to compute: the last token at least, and all that is to be scored.
 void Scheduler::find_cached_prefix(Sequence& sequence) {
-  sequence.prefix = kEmptyPrefix;
-  const int32_t limit = options_.enable_prefix_caching ? (sequence.size() - 1) / kBlockSize : 0;
+  sequence.prefix = sequence.root;
+  const bool scored = sequence.num_scored == sequence.num_to_score();
+  const int32_t usable = scored ? sequence.size() - 1 : sequence.num_scored;
+  const int32_t limit = options_.enable_prefix_caching ? usable / kBlockSize : 0;
   for (int32_t i = 0; i < limit; ++i) {
     const int32_t block = pool_.find(key_of_block(sequence, i, sequence.prefix));
     if (block < 0) break;
@@ -186,11 +225,11 @@ void Scheduler::publish_full_blocks(Sequence& sequence, int32_t num_tokens) {
     sequence.prefix = pool_.publish(sequence.blocks[i], key_of_block(sequence, i, sequence.prefix));
 }
 
-void Scheduler::preempt_youngest() {
+void Scheduler::preempt_last() {
   Sequence& sequence = *running_.back();
   release(sequence);
   running_.pop_back();
-  waiting_.push_front(&sequence);
+  insert_in_order(waiting_, &sequence);
   ++stats_.num_preemptions;
 }
 
@@ -201,29 +240,46 @@ void Scheduler::release(Sequence& sequence) {
   sequence.num_computed = 0;
 }
 
-std::vector<Event> Scheduler::commit(const Step& step, std::span<Sampled> sampled, double now) {
+std::vector<Event> Scheduler::commit(const Step& step, std::span<Sampled> sampled,
+                                     std::span<TokenLogprobs> scored, double now) {
   std::vector<Event> events;
   events.reserve(sampled.size());
   for (const ScheduledSequence& scheduled : step) {
     const bool caught_up = catches_up(scheduled);
+    scored = take_scored(scheduled, scored);
     scheduled.sequence->num_computed += scheduled.num_tokens;
     if (!caught_up) continue;
     check(events.size() < sampled.size(), "fewer tokens sampled than sequences caught up");
     events.push_back(append(*scheduled.sequence, std::move(sampled[events.size()]), now));
   }
   check(events.size() == sampled.size(), "more tokens sampled than sequences caught up");
+  check(scored.empty(), "more tokens scored than asked for");
   remove_finished();
   ++stats_.num_steps;
   stats_.last_step_time = now;
   return events;
 }
 
+// Moves what was scored of the sequence out of the front of `scored`, and returns the rest.
+std::span<TokenLogprobs> Scheduler::take_scored(const ScheduledSequence& scheduled,
+                                                std::span<TokenLogprobs> scored) {
+  const auto count = static_cast<size_t>(scored_range(scheduled).size());
+  check(count <= scored.size(), "fewer tokens scored than asked for");
+  Sequence& sequence = *scheduled.sequence;
+  std::ranges::move(scored.first(count), std::back_inserter(sequence.prompt_logprobs));
+  sequence.num_scored += static_cast<int32_t>(count);
+  return scored.subspan(count);
+}
+
 Event Scheduler::append(Sequence& sequence, Sampled sampled, double now) {
   if (sequence.num_output() == 0) stats_.prompt_tokens += sequence.num_prompt;
-  ++stats_.generation_tokens;
-  sequence.tokens.push_back(sampled.token);
-  sequence.finish = finish_reason(sequence);
+  const bool only_read = sequence.params.max_tokens == 0;
+  if (!only_read) sequence.tokens.push_back(sampled.token);
+  sequence.finish = only_read ? Finish::LENGTH : finish_reason(sequence);
   Event event = make_event(sequence, sequence.finish, now);
+  event.prompt_logprobs = std::exchange(sequence.prompt_logprobs, {});
+  if (only_read) return event;
+  ++stats_.generation_tokens;
   event.tokens.push_back(sampled.token);
   if (!sampled.logprobs.empty()) event.logprobs.push_back(std::move(sampled.logprobs));
   return event;

@@ -1,11 +1,13 @@
 // Which tokens of which sequences run in the next step. One rule: every sequence's num_computed catches up
-// with its size, oldest first, within the step's token budget. Chunked prefill, prefix-cache hits and
+// with its size, in order, within the step's token budget. Chunked prefill, prefix-cache hits and
 // preemption by recompute follow from it.
 //
 // A step takes as long as it has tokens, so while answers run, those that read a prompt share a budget in
 // proportion to the number of answers: nobody's answer stalls for the length of another one's prompt.
 //
-// First come, first served, without exception: running_ followed by waiting_ is always the order of arrival.
+// Lower priority numbers come first, and first come, first served among equals: running_ and waiting_ are
+// each in that order, and what is preempted is the last that runs. Only where all priorities are equal is
+// running_ followed by waiting_ that order too: nobody who waits takes a place from one who runs.
 #pragma once
 
 #include <cstdint>
@@ -42,6 +44,13 @@ inline bool catches_up(const ScheduledSequence& scheduled) {
   return scheduled.sequence->num_computed + scheduled.num_tokens == scheduled.sequence->size();
 }
 
+// The tokens of the step whose logits score the prompt token that follows: [first, last).
+struct ScoredRange {
+  int32_t first, last;
+  int32_t size() const { return last - first; }
+};
+ScoredRange scored_range(const ScheduledSequence& scheduled);
+
 // schedule() and commit() alternate; submit() and cancel() come between a commit and the next schedule.
 class Scheduler {
  public:
@@ -53,12 +62,13 @@ class Scheduler {
   std::optional<Event> cancel(uint64_t id);
   bool busy() const { return !sequences_.empty(); }
 
-  // Oldest first. Never empty while busy(). A full block can be shared from here on, not from commit() on:
+  // Never empty while busy(). A full block can be shared from here on, not from commit() on:
   // within a step the keys and values of a layer are all stored before attention reads any.
   Step schedule(double now);
-  // Takes one sampled token for each sequence that caught up in this step (in step order), finishes what is
-  // finished, and returns what happened.
-  std::vector<Event> commit(const Step& step, std::span<Sampled> sampled, double now);
+  // Takes one sampled token for each sequence that caught up in this step and the log-probabilities of what
+  // was scored (both in step order), finishes what is finished, and returns what happened.
+  std::vector<Event> commit(const Step& step, std::span<Sampled> sampled, std::span<TokenLogprobs> scored,
+                            double now);
   // Ends everything with ERROR, even in the middle of a step; used when the engine cannot go on.
   std::vector<Event> fail_all();
 
@@ -79,16 +89,17 @@ class Scheduler {
   bool reserve_at_admission(Sequence& sequence);
   void find_cached_prefix(Sequence& sequence);
   void publish_full_blocks(Sequence& sequence, int32_t num_tokens);
-  void preempt_youngest();
+  void preempt_last();
   void release(Sequence& sequence);
+  std::span<TokenLogprobs> take_scored(const ScheduledSequence& scheduled, std::span<TokenLogprobs> scored);
   Event append(Sequence& sequence, Sampled sampled, double now);
   void remove_finished();
 
   SchedulerOptions options_;
   BlockPool pool_;
   std::unordered_map<uint64_t, std::unique_ptr<Sequence>> sequences_;
-  std::deque<Sequence*> waiting_;   // oldest first; preempted ones return to the front
-  std::vector<Sequence*> running_;  // oldest first
+  std::deque<Sequence*> waiting_;   // first to run first; preempted ones return to their place
+  std::vector<Sequence*> running_;  // likewise
   Stats stats_;                     // what fill() cannot count from the above
 };
 

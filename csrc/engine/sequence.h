@@ -15,7 +15,8 @@ struct Sequence {
       : id(request.id),
         tokens(std::move(request.prompt)),
         num_prompt(static_cast<int32_t>(tokens.size())),
-        params(std::move(request.params)) {}
+        params(std::move(request.params)),
+        repeats(static_cast<size_t>(params.repetition_detection.max_pattern_size)) {}
 
   uint64_t id;
   std::vector<int32_t> tokens;  // prompt, then what was generated
@@ -24,14 +25,20 @@ struct Sequence {
   int32_t num_computed = 0;        // tokens whose keys and values are in the cache; catches up with size()
   std::vector<int32_t> blocks;     // block table: ids in the pool, enough for all tokens while it runs
   int32_t num_published = 0;       // leading blocks that others can find, or whose twins they can
+  PrefixId root = kEmptyPrefix;    // of all its prefixes: its salt
   PrefixId prefix = kEmptyPrefix;  // the tokens of those blocks
   int32_t num_cached = 0;          // prompt tokens found in the prefix cache at first admission
   bool admitted = false;           // has run at least once
   double scheduled_time = 0;       // when it first ran
+  std::vector<TokenLogprobs> prompt_logprobs;  // of those asked for, in the order of the prompt, until sent
+  int32_t num_scored = 0;                      // how many there were
+  std::vector<int32_t> repeats;  // [k]: output tokens up to the last one that equal the one k + 1 before
   Finish finish = Finish::NONE;
 
   int32_t size() const { return static_cast<int32_t>(tokens.size()); }
   int32_t num_output() const { return size() - num_prompt; }
+  // Prompt tokens that need a row of logits, for the log-probability of the token that follows.
+  int32_t num_to_score() const { return params.num_prompt_logprobs < 0 ? 0 : num_prompt - 1; }
 };
 
 }  // namespace engine

@@ -59,7 +59,7 @@ float* Transformer::forward(const Batch& batch) {
   const ModelConfig& c = config_;
   Activations& a = *activations_;
   const int n = batch.num_tokens();
-  check(n > 0 && n <= a.max_tokens && batch.num_logits() <= a.max_logits, "batch fits the activations");
+  check(n > 0 && n <= a.max_tokens, "batch fits the activations");
 
   float* x = a.residual->data;
   float* delta = nullptr;  // what the last block adds to the residual; added by the norm that reads the sum
@@ -85,19 +85,24 @@ float* Transformer::forward(const Batch& batch) {
     device_.activation(c.activation, c.gated_mlp, a.mlp_in->data, a.mlp_mid->data, n, c.intermediate_size);
     device_.linear(*layer.mlp_out, a.mlp_mid->data, a.delta->data, n);
   }
-  return logits(batch);
+  device_.add(x, delta, n, c.hidden_size);
+  return logits(batch.logit_rows);
 }
 
-// Only the rows that are sampled pass the final norm and the head, by far the widest multiply.
-float* Transformer::logits(const Batch& batch) {
+int Transformer::max_logits() const {
+  return activations_->max_logits;
+}
+
+// Only the rows that are read pass the final norm and the head, by far the widest multiply.
+float* Transformer::logits(std::span<const int32_t> rows) {
   const ModelConfig& c = config_;
   Activations& a = *activations_;
-  const int n = batch.num_logits();
+  const auto n = static_cast<int>(rows.size());
+  check(n <= a.max_logits, "logits fit the activations");
   if (n == 0) return a.logits->data;
   const NormWeights& w = weights_->final_norm;
   float* last = a.last->data;
-  device_.add(a.residual->data, a.delta->data, batch.num_tokens(), c.hidden_size);
-  device_.gather_rows(a.residual->data, batch.logit_rows, last, c.hidden_size);
+  device_.gather_rows(a.residual->data, rows, last, c.hidden_size);
   device_.norm(c.norm, c.norm_eps, w.weight->data, w.bias ? w.bias->data : nullptr, last, a.normed->data, n,
                c.hidden_size);
   device_.linear(weights_->lm_head(), a.normed->data, a.logits->data, n);

@@ -3,6 +3,7 @@
 
 #include <atomic>
 #include <memory>
+#include <span>
 #include <string>
 #include <unordered_map>
 #include <vector>
@@ -44,10 +45,12 @@ class Transformer {
   void kv_alloc(Format format, int32_t num_blocks);
   // Runs the batch; returns logits (batch.num_logits(), vocab_size), valid until the next call.
   float* forward(const Batch& batch);
+  // The logits (rows.size(), vocab_size) of other tokens of the last batch, at most max_logits of them.
+  float* logits(std::span<const int32_t> rows);
+  int max_logits() const;
 
  private:
   struct Activations;
-  float* logits(const Batch& batch);
 
   ModelConfig config_;
   Device& device_;

@@ -64,6 +64,13 @@ class SamplingParams:
     max_tokens: int
     min_tokens: int
     stop_token_ids: list[int]
+    allowed_token_ids: list[int]  # empty: all
+    bad_words: list[list[int]]
+    logprob_token_ids: list[int]
+    num_prompt_logprobs: int  # -1: none
+    repetition_detection: tuple[int, int, int]  # max_pattern_size (0: off), min_pattern_size, min_count
+    priority: int
+    cache_salt: str
     def __init__(self) -> None: ...
 
 class Loading:
@@ -77,7 +84,8 @@ class Event:
     request_id: int
     tokens: list[int]
     logprobs: list[list[tuple[int, float, int]]]  # per token: (token, logprob, rank), the chosen one first
-    finish: str  # "" | "stop" | "length" | "abort" | "error"
+    prompt_logprobs: list[list[tuple[int, float, int]]]  # likewise, of all prompt tokens but the first
+    finish: str  # "" | "stop" | "length" | "abort" | "error" | "repetition"
     num_cached_tokens: int
     scheduled_time: float  # time.monotonic()
     time: float

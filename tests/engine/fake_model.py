@@ -35,6 +35,12 @@ def sampling(**values: Any) -> SamplingParams:
     return params
 
 
+def repeats(tokens: Sequence[int], longest: int, shortest: int, count: int) -> bool:
+    """Whether the tokens end with one pattern `count` times in a row."""
+    sizes = range(shortest, longest + 1)
+    return any(len(tokens) >= n * count and [*tokens[-n:]] * count == [*tokens[-n * count :]] for n in sizes)
+
+
 @dataclasses.dataclass
 class Live:
     """A request as its sender sees it."""
@@ -58,6 +64,8 @@ class Live:
         for token in self.prompt:
             state = extend(state, token)
         output: list[int] = []
+        if self.params.max_tokens == 0:
+            return output, "length"
         while True:
             output.append(sample(state))
             state = extend(state, output[-1])
@@ -65,6 +73,8 @@ class Live:
                 return output, "stop"
             if len(output) == self.params.max_tokens:
                 return output, "length"
+            if len(output) > self.params.min_tokens and repeats(output, *self.params.repetition_detection):
+                return output, "repetition"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,6 +193,8 @@ class FakeEngine:
         for event in events:
             live = self.requests[event.request_id]
             assert live.finish == "", "an event after the last one"
+            wanted = live.params.num_prompt_logprobs >= 0 and not live.events and event.finish != "abort"
+            assert event.prompt_logprobs == (live.prompt[1:] if wanted else [])
             live.output += event.tokens
             live.events.append(event)
             if event.finish:

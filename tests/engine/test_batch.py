@@ -21,6 +21,8 @@ def test_a_decode_and_a_chunk() -> None:
         "block_tables": [0, 1],
         "logit_rows": [19],
         "sampling": [(list(range(100, 120)), 20, 20, 11)],
+        "scoring_rows": [],
+        "scoring": [],
     }
     scheduler.commit([7])
     scheduler.submit(2, list(range(200, 250)), sampling(max_tokens=5, seed=22))
@@ -32,12 +34,30 @@ def test_a_decode_and_a_chunk() -> None:
         "block_tables": [0, 1, 2, 3],
         "logit_rows": [0],  # a chunk that does not reach the end samples nothing
         "sampling": [([*range(100, 120), 7], 20, 21, 11)],
+        "scoring_rows": [],
+        "scoring": [],
     }
     scheduler.commit([8])
     step = scheduler.schedule()
     assert scheduler.make_batch()["sequences"] == [(0, 1, 21, 0), (1, 23, 23, 2)]
     assert scheduler.make_batch()["block_tables"] == [0, 1, *step[1].blocks[:3]]
     assert scheduler.make_batch()["positions"] == [21, *range(23, 46)]
+
+
+def test_prompt_tokens_are_scored_behind_those_before_them() -> None:
+    scheduler = Scheduler(num_blocks=20, max_num_batched_tokens=12)
+    scheduler.submit(1, [1], sampling(max_tokens=5))
+    scheduler.submit(2, list(range(100, 120)), sampling(max_tokens=5, num_prompt_logprobs=3))
+    scheduler.schedule()
+    assert scheduler.make_batch()["scoring_rows"] == list(range(1, 12))
+    assert scheduler.make_batch()["scoring"] == [(token, 3) for token in range(101, 112)]
+    scheduler.commit([7])
+    scheduler.schedule()
+    batch = scheduler.make_batch()
+    assert batch["tokens"] == [7, *range(111, 120)]
+    assert batch["scoring"] == [(token, 3) for token in range(112, 120)], "nothing follows the last token yet"
+    assert (batch["scoring_rows"], batch["logit_rows"]) == (list(range(1, 9)), [0, 9])
+    assert [event.prompt_logprobs for event in scheduler.commit([8, 9])] == [[], list(range(101, 120))]
 
 
 def test_a_full_block_is_the_last_one_named() -> None:

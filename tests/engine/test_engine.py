@@ -45,6 +45,7 @@ def random_request(rng: random.Random) -> tuple[list[int], dict[str, Any]]:
         "seed": rng.getrandbits(32),
         "stop_token_ids": rng.sample(range(VOCAB), 2),
         "num_logprobs": rng.choice([-1, 3]),
+        "num_prompt_logprobs": rng.choice([-1, -1, 2]),
     }
     return prompt, params
 
@@ -74,6 +75,43 @@ def test_two_hundred_at_once_on_a_small_cache(model: Path) -> None:
             assert one.tokens[: len(among.tokens)] == among.tokens
         else:
             assert (among.tokens, among.logprobs, among.finish) == (one.tokens, one.logprobs, one.finish)
+            assert among.prompt_logprobs == one.prompt_logprobs
+
+
+def test_prompt_logprobs_do_not_depend_on_chunks_or_the_cache(model: Path) -> None:
+    """Nor on the room for logits; they are those that the same tokens have as answers."""
+    prompt = random.Random(4).choices(range(VOCAB), k=100)
+    results = []
+    for steps in ({}, {"max_num_batched_tokens": 7, "max_num_seqs": 3}, {"enable_prefix_caching": False}):
+        with running_engine(model, **{**SMALL, **steps}) as client:
+            for max_tokens in (5, 0):
+                results.append(client.generate(prompt, max_tokens=max_tokens, num_prompt_logprobs=VOCAB))
+                assert results[-1].num_cached_tokens == 0
+            assert len(client.generate(prompt, max_tokens=0).prompt_logprobs) == 0
+            likeliest = [max(row[1:], key=lambda entry: entry[1]) for row in results[0].prompt_logprobs]
+            answers = client.generate(prompt[:40], max_tokens=1, num_logprobs=0)
+            assert answers.logprobs[0][0] == likeliest[39]
+    assert all(result.prompt_logprobs == results[0].prompt_logprobs for result in results)
+    assert [row[0][0] for row in results[0].prompt_logprobs] == prompt[1:]
+
+
+def test_prompt_logprobs_are_the_model_s(tmp_path: Path) -> None:
+    """As near to the float64 truth as f32 logits are, the sum over the vocabulary included."""
+    reference = make_llama(tmp_path)
+    prompt = random.Random(5).choices(range(VOCAB), k=90)
+    with running_engine(tmp_path, **SMALL) as client:
+        scored = client.generate(prompt, max_tokens=0, num_prompt_logprobs=3).prompt_logprobs
+    logits = torch.from_numpy(reference.logits(prompt, torch.float64))
+    single = torch.from_numpy(reference.logits(prompt))
+    truth = torch.log_softmax(logits, -1)
+    # Twice what assert_as_exact allows a logit: a log-probability is the difference of two numbers of that size.
+    bound = 8 * max(float((single - logits).abs().max()), float(logits.abs().max()) * 2**-21)
+    for position, (chosen, *top) in enumerate(scored):
+        row = truth[position]
+        assert [token for token, _, _ in top] == torch.topk(row, 3).indices.tolist()
+        for token, logprob, rank in (chosen, *top):
+            assert abs(logprob - float(row[token])) <= bound
+            assert rank == 1 + int((row > row[token]).sum())
 
 
 def test_memory_is_flat(model: Path) -> None:
@@ -169,7 +207,7 @@ def test_logprobs_are_of_the_raw_model(model: Path) -> None:
         ([-1], {}, "prompt"),
         ([1] * 128, {"max_tokens": 1}, "max_model_len"),
         ([1], {"max_tokens": 128}, "max_model_len"),
-        ([1], {"max_tokens": 0}, "max_tokens"),
+        ([1], {"max_tokens": -1}, "max_tokens"),
         ([1], {"temperature": -1.0}, "temperature"),
         ([1], {"temperature": float("nan")}, "temperature"),
         ([1], {"top_p": 0.0}, "top_p"),

@@ -24,12 +24,15 @@ def submit_random(engine: FakeEngine, rng: random.Random) -> None:
     ]
     prompt = (shared + random_tokens(length, seed=rng.getrandbits(32)))[:length]
     for _ in range(rng.choice([1, 1, 1, 4])):
-        max_tokens = rng.randint(1, capacity - length)
+        max_tokens = rng.randint(0, capacity - length)
         engine.submit(
             prompt,
             max_tokens=max_tokens,
             min_tokens=rng.randint(0, max_tokens) if rng.random() < 0.3 else 0,
             stop_token_ids=rng.sample(range(VOCAB), rng.choice([0, 0, 1, 3])),
+            num_prompt_logprobs=rng.choice([-1, -1, 0]),
+            cache_salt=rng.choice(["", "", "a", "b"]),
+            repetition_detection=rng.choice([(0, 1, 2), (3, 1, 2)]),
         )
 
 
@@ -62,7 +65,9 @@ def assert_all_as_alone(engine: FakeEngine) -> None:
     assert stats["num_free_blocks"] == stats["num_blocks"]
     assert stats["num_running"] == stats["num_waiting"] == 0
     assert stats["generation_tokens"] == sum(len(r.output) for r in engine.requests.values())
-    assert stats["prompt_tokens"] == sum(len(r.prompt) for r in engine.requests.values() if r.output)
+    assert stats["prompt_tokens"] == sum(
+        len(r.prompt) for r in engine.requests.values() if r.output or r.finish == "length"
+    )
     assert stats["prefix_cache_hits"] == sum(r.events[0].num_cached_tokens for r in engine.requests.values())
 
 
@@ -327,3 +332,78 @@ def test_the_largest_request_that_fits_runs() -> None:
         engine.generate(random_tokens(BLOCK), max_tokens=2 * BLOCK)
     assert num_blocks_for(3 * BLOCK) == 3
     assert_all_as_alone(engine)
+
+
+def test_a_salt_has_a_cache_of_its_own() -> None:
+    engine = FakeEngine(num_blocks=20)
+    prompt = random_tokens(40)
+    cached = [engine.generate(prompt, cache_salt=salt, max_tokens=1).events[0].num_cached_tokens for salt in "abab"]
+    assert cached == [0, 0, 32, 32]
+    assert engine.generate(prompt, max_tokens=1).events[0].num_cached_tokens == 0
+
+
+def test_salts_are_forgotten_when_there_are_more_than_blocks() -> None:
+    engine = FakeEngine(num_blocks=5)
+    for salt in "abcdea":
+        assert engine.generate(random_tokens(20), cache_salt=salt, max_tokens=1).events[0].num_cached_tokens in (0, 16)
+    engine.generate(random_tokens(20), cache_salt="f", max_tokens=1)
+    assert engine.generate(random_tokens(20), cache_salt="a", max_tokens=1).events[0].num_cached_tokens == 0
+
+
+def test_scored_prompts_are_computed_whole_and_cached_for_others() -> None:
+    engine = FakeEngine(num_blocks=10, max_num_batched_tokens=16)
+    prompt = random_tokens(40)
+    for scored in (False, True, False):
+        live = engine.generate(prompt, num_prompt_logprobs=0 if scored else -1, max_tokens=2)
+        assert live.events[0].num_cached_tokens == (32 if live is not engine.requests[0] and not scored else 0)
+
+
+def test_without_tokens_to_generate_a_prompt_is_read_and_no_more() -> None:
+    engine = FakeEngine(num_blocks=4)
+    live = engine.generate(random_tokens(4 * BLOCK), num_prompt_logprobs=0, max_tokens=0)
+    assert (live.output, live.finish, len(live.events)) == ([], "length", 1)
+
+
+@pytest.mark.parametrize(("detection", "length"), [((4, 1, 3), 12), ((3, 1, 3), 50), ((8, 5, 2), 16), ((0, 1, 2), 50)])
+def test_repetition_ends_a_sequence(detection: tuple[int, int, int], length: int) -> None:
+    scheduler = Scheduler(num_blocks=10)
+    scheduler.submit(1, [1, 2, 3, 4], sampling(max_tokens=50, repetition_detection=detection))
+    tokens, finish = 0, ""
+    while not finish:
+        scheduler.schedule()
+        (event,) = scheduler.commit([1 + tokens % 4])
+        tokens, finish = tokens + 1, event.finish
+    assert (tokens, finish) == (length, "repetition" if length < 50 else "length")
+
+
+def run_ids(scheduler: Scheduler) -> list[int]:
+    step = scheduler.schedule()
+    ids = [s.id for s in step]
+    scheduler.commit([0] * sum(s.catches_up for s in step))
+    scheduler.check_integrity()
+    return ids
+
+
+def test_lower_priority_numbers_are_admitted_first_and_ties_in_order_of_arrival() -> None:
+    scheduler = Scheduler(num_blocks=20, max_num_seqs=1)
+    for request_id, priority in enumerate([0, 5, -1, 5, 0, -(2**63)]):
+        scheduler.submit(request_id, [1], sampling(max_tokens=2, priority=priority))
+    order = []
+    while scheduler.busy:
+        order += run_ids(scheduler)
+    assert order == [5, 5, 2, 2, 0, 0, 4, 4, 1, 1, 3, 3]
+
+
+def test_the_last_by_priority_is_preempted_whenever_it_came() -> None:
+    scheduler = Scheduler(num_blocks=4)
+    scheduler.submit(0, [1] * 24, sampling(max_tokens=30, priority=1))
+    run_ids(scheduler)
+    scheduler.submit(1, [2] * 15, sampling(max_tokens=40, priority=0))
+    ran = [run_ids(scheduler) for _ in range(20)]
+    assert ran[0] == [0, 1]
+    assert ran[1] == [1, 0], "from then on the more urgent one comes first"
+    assert ran[-1] == [1], "it takes what the other one had"
+    assert scheduler.stats()["num_preemptions"] == 1
+    while scheduler.busy:
+        last = run_ids(scheduler)
+    assert last == [0]

@@ -33,8 +33,13 @@ def sample(logits: F32, params: dict[str, Any], tokens: list[int], num_prompt: i
 
 
 def processed(logits: F32, params: dict[str, Any], tokens: list[int], num_prompt: int) -> F32:
-    """Bias, min_tokens and penalties, in f32 as the sampler does them."""
+    """Masks, bias, min_tokens and penalties, in f32 as the sampler does them."""
     x = np.where(np.isnan(logits), -np.inf, logits).astype(np.float32)
+    if allowed := params.get("allowed_token_ids"):
+        x[[token for token in range(len(x)) if token not in allowed]] = -np.inf
+    for *before, last in params.get("bad_words", []):
+        if before == tokens[max(num_prompt, len(tokens) - len(before)) :]:
+            x[last] = -np.inf
     for token, bias in params.get("logit_bias", []):
         x[token] += np.float32(bias)
     output = tokens[num_prompt:]
@@ -53,7 +58,11 @@ def drawn(x: F32, params: dict[str, Any], u: float, slack: float) -> int:
     """The token that u chooses, with min_p and top_p moved by the factor 1 + slack and u by slack."""
     temperature = np.float64(np.float32(params["temperature"]))
     if temperature == 0 or np.all(np.isneginf(x)):
-        return int(np.argmax(x))
+        return (
+            params["allowed_token_ids"][0]
+            if np.isneginf(x).all() and params.get("allowed_token_ids")
+            else int(np.argmax(x))
+        )
     weights = np.exp((x.astype(np.float64) - float(x.max())) / temperature)
     kept = np.lexsort((np.arange(len(x)), -x))
     kept = kept[weights[kept] >= min(1.0, float(np.float32(params.get("min_p", 0))) * (1 + slack))]
@@ -80,6 +89,7 @@ def cases(draw: st.DrawFn) -> tuple[F32, dict[str, Any], list[int], int]:
     quarters = draw(st.lists(st.integers(-40, 40), min_size=vocab, max_size=vocab))  # of 1/4, so that many tie
     token = st.integers(0, vocab - 1)
     tokens = draw(st.lists(token, min_size=1, max_size=12))
+    bad_words = st.lists(st.tuples(st.integers(1, 3), token), max_size=3)  # most of them are one token from complete
     params = {
         "temperature": draw(st.sampled_from([0.0, 0.3, 0.7, 1.0, 1.9])),
         "top_p": draw(st.sampled_from([0.01, 0.3, 0.77, 0.95, 1.0, 1.0])),
@@ -91,6 +101,9 @@ def cases(draw: st.DrawFn) -> tuple[F32, dict[str, Any], list[int], int]:
         "logit_bias": draw(st.dictionaries(token, st.floats(-5, 5, width=16), max_size=4).map(lambda d: [*d.items()])),
         "stop_token_ids": draw(st.lists(token, max_size=3)),
         "min_tokens": draw(st.integers(0, 4)),
+        "allowed_token_ids": draw(st.just([]) | st.lists(token, min_size=1, max_size=6)),
+        "bad_words": [[*tokens[-n:], t] for n, t in draw(bad_words)]
+        + draw(st.lists(st.lists(token, min_size=1, max_size=3), max_size=2)),
         "seed": draw(st.integers(0, 2**64 - 1)),
     }
     return f32([q / 4 for q in quarters]), params, tokens, draw(st.integers(1, len(tokens)))
@@ -229,6 +242,38 @@ def test_top_logprobs_are_the_greatest(k: int) -> None:
             logits = np.round(logits * 4)
         logprobs = sample(logits, {"temperature": 0.0, "num_logprobs": k}, [0], 1)[1]
         assert [t for t, _, _ in logprobs[1:]] == list(np.lexsort((np.arange(2000), -logits))[:k])
+
+
+@given(cases(), st.sampled_from(ISAS), st.integers(0, 130))
+def test_scores_are_the_logprobs_that_sampling_gives(
+    case: tuple[F32, dict[str, Any], list[int], int], isa: str, k: int
+) -> None:
+    logits, _, tokens, _ = case
+    token, sampled = sample(logits, {"temperature": 0.0, "num_logprobs": k}, [0], 1, isa)
+    (scored,) = DEVICES[isa].score(logits.reshape(1, -1).copy(), [(token, k)])
+    assert scored == (token, sampled)
+    (other,) = DEVICES[isa].score(logits.reshape(1, -1).copy(), [(tokens[0], k)])
+    exact = logits.astype(np.float64) - np.logaddexp.reduce(logits.astype(np.float64))
+    assert other[1][1:] == sampled[1:]
+    assert other[1][0][:2] == (tokens[0], pytest.approx(exact[tokens[0]], abs=1e-5))
+    assert other[1][0][2] == 1 + (logits > logits[tokens[0]]).sum()
+
+
+def test_logprobs_of_named_tokens_take_the_place_of_the_greatest() -> None:
+    logits = f32([3, 1, 2, 0])
+    params = {"temperature": 0.0, "num_logprobs": 2, "logprob_token_ids": [3, 0, 1]}
+    _, logprobs = sample(logits, params, [0], 1)
+    _, everything = sample(logits, {"temperature": 0.0, "num_logprobs": 4}, [0], 1)
+    by_token = {token: value for token, value, _ in everything}
+    assert [(token, value) for token, value, _ in logprobs] == [(t, by_token[t]) for t in (0, 3, 0, 1)]
+
+
+def test_bad_words_look_at_the_output_alone() -> None:
+    logits = f32([0, 5, 4])
+    params = {"temperature": 0.0, "bad_words": [[2, 1]]}
+    assert sample(logits, params, [0, 2], 2)[0] == 1, "the prompt's last token begins no bad word"
+    assert sample(logits, params, [0, 2], 1)[0] == 2
+    assert sample(logits, {"temperature": 0.0, "bad_words": [[1], [2]]}, [0], 1)[0] == 0
 
 
 def test_number_of_logprobs() -> None:
