@@ -1,5 +1,6 @@
 // The extension module: a few structs and one Engine. No logic lives here.
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
@@ -63,6 +64,24 @@ nb::bytes dequantize(const std::string& format_text, nb::bytes data, int64_t cou
   std::vector<float> out(static_cast<size_t>(count));
   dequantize_row(format, data.c_str(), out.data(), count);
   return nb::bytes(reinterpret_cast<const char*>(out.data()), out.size() * sizeof(float));
+}
+
+using DemandTuple = std::tuple<uint64_t, std::vector<int32_t>, uintptr_t>;
+using AnswerTuple = std::tuple<std::vector<int32_t>, std::string>;
+
+std::optional<std::vector<DemandTuple>> wait_masks(Engine& engine) {
+  auto demands = engine.masks().wait();
+  if (!demands) return std::nullopt;
+  std::vector<DemandTuple> out;
+  for (MaskDemand& d : *demands)
+    out.emplace_back(d.request_id, std::move(d.tokens), reinterpret_cast<uintptr_t>(d.mask));
+  return out;
+}
+
+void answer_masks(Engine& engine, std::vector<AnswerTuple> tuples) {
+  std::vector<MaskAnswer> answers;
+  for (auto& [forced, error] : tuples) answers.push_back({std::move(forced), std::move(error)});
+  engine.masks().answer(std::move(answers));
 }
 
 void bind_config(nb::module_& m) {
@@ -156,7 +175,8 @@ void bind_requests(nb::module_& m) {
             p.repetition_detection = {std::get<0>(r), std::get<1>(r), std::get<2>(r)};
           })
       .def_rw("priority", &SamplingParams::priority)
-      .def_rw("cache_salt", &SamplingParams::cache_salt);
+      .def_rw("cache_salt", &SamplingParams::cache_salt)
+      .def_rw("constrained", &SamplingParams::constrained);
 
   nb::class_<Loading>(m, "Loading")
       .def(nb::init<>())
@@ -169,6 +189,7 @@ void bind_requests(nb::module_& m) {
       .def_prop_ro("logprobs", [](const Event& e) { return logprob_tuples(e.logprobs); })
       .def_prop_ro("prompt_logprobs", [](const Event& e) { return logprob_tuples(e.prompt_logprobs); })
       .def_prop_ro("finish", [](const Event& e) { return kFinishes(e.finish); })
+      .def_ro("error", &Event::error)
       .def_ro("num_cached_tokens", &Event::num_cached_tokens)
       .def_ro("scheduled_time", &Event::scheduled_time)
       .def_ro("time", &Event::time);
@@ -204,6 +225,8 @@ void bind_engine(nb::module_& m) {
       .def("fileno", &Engine::fileno)
       .def("drain", &Engine::drain)
       .def("stats", &Engine::stats)
+      .def("wait_masks", &wait_masks, Unlocked())
+      .def("answer_masks", &answer_masks, nb::arg("answers"))
       .def("stop", &Engine::stop, Unlocked())
       .def_prop_ro("options", &Engine::options)
       .def_prop_ro("weight_bytes", &Engine::weight_bytes)

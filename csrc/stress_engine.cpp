@@ -96,7 +96,30 @@ Request make_request(uint64_t number) {
   request.params.temperature = static_cast<float>(draw(3, 0, 1));
   request.params.seed = number;
   request.params.stop_token_ids = {draw(4, 0, kVocab - 1)};
+  request.params.constrained = draw(5, 0, 1) == 1;
   return request;
+}
+
+// Answers what constrained requests may say next: a pure function of what each has said so far. Now and then
+// there is only one way on, for some tokens.
+void constrain(Engine& engine) {
+  std::unordered_map<uint64_t, uint64_t> states;
+  while (auto demands = engine.masks().wait()) {
+    std::vector<MaskAnswer> answers(demands->size());
+    for (size_t i = 0; i < answers.size(); ++i) {
+      const MaskDemand& demand = (*demands)[i];
+      uint64_t& state = states[demand.request_id];
+      for (int32_t token : demand.tokens) state = random_bits(state, static_cast<uint64_t>(token));
+      const auto only = static_cast<int32_t>(state % kVocab);
+      if (state % 4 == 0)
+        answers[i].forced.assign(state % 7 + 1, only);
+      else
+        for (int32_t token = 0; token < kVocab; ++token)
+          if (token == only || random_bits(state, static_cast<uint64_t>(token) + 1000) % 3 == 0)
+            demand.mask[token / 32] |= 1u << (token % 32);
+    }
+    engine.masks().answer(std::move(answers));
+  }
 }
 
 struct Answer {
@@ -142,6 +165,7 @@ void stress(uint64_t num_requests) {
   options.memory_bytes = 190 << 10;  // blocks for one long sequence and a half: preemption
   Loading loading;
   Engine engine(config, checkpoint.index(), options, loading);
+  std::thread constraints([&engine] { constrain(engine); });
 
   std::vector<Answer> alone;
   for (uint64_t number = 0; number < num_requests; ++number) {
@@ -175,6 +199,7 @@ void stress(uint64_t num_requests) {
   }
   const Stats stats = engine.stats();
   engine.stop();
+  constraints.join();
   std::printf("%lld steps, %lld preemptions, %lld prompt tokens cached\n",
               static_cast<long long>(stats.num_steps), static_cast<long long>(stats.num_preemptions),
               static_cast<long long>(stats.prefix_cache_hits));

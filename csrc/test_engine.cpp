@@ -97,6 +97,15 @@ class SteppedScheduler {
     return scheduler.commit(std::exchange(step, {}), sampled, scored, now);
   }
 
+  // What a constraint answers about a sequence of the step under way.
+  void force(uint64_t id, std::vector<int32_t> tokens, std::string error) {
+    const auto found =
+        std::ranges::find(step, id, [](const auto& scheduled) { return scheduled.sequence->id; });
+    check(found != step.end(), "the step has no such sequence");
+    found->sequence->forced = std::move(tokens);
+    found->sequence->error = std::move(error);
+  }
+
   nb::dict stats() const {
     Stats stats;
     scheduler.fill(stats);
@@ -137,7 +146,8 @@ void bind_values(nb::module_& m) {
             p.repetition_detection = {std::get<0>(r), std::get<1>(r), std::get<2>(r)};
           })
       .def_rw("priority", &SamplingParams::priority)
-      .def_rw("cache_salt", &SamplingParams::cache_salt);
+      .def_rw("cache_salt", &SamplingParams::cache_salt)
+      .def_rw("constrained", &SamplingParams::constrained);
   nb::class_<Event>(m, "Event")
       .def_ro("request_id", &Event::request_id)
       .def_ro("tokens", &Event::tokens)
@@ -149,6 +159,7 @@ void bind_values(nb::module_& m) {
                    })
       .def_prop_ro("num_logprobs", [](const Event& event) { return event.logprobs.size(); })
       .def_prop_ro("finish", [](const Event& event) { return finish_name(event.finish); })
+      .def_ro("error", &Event::error)
       .def_ro("num_cached_tokens", &Event::num_cached_tokens)
       .def_ro("scheduled_time", &Event::scheduled_time)
       .def_ro("time", &Event::time);
@@ -198,6 +209,7 @@ void bind_scheduler(nb::module_& m) {
       .def_prop_ro("busy", [](const SteppedScheduler& self) { return self.scheduler.busy(); })
       .def("schedule", &SteppedScheduler::schedule, "now"_a = 0.0)
       .def("make_batch", [](const SteppedScheduler& self) { return to_python(make_batch(self.step)); })
+      .def("force", &SteppedScheduler::force, "id"_a, "tokens"_a, "error"_a = "")
       .def("commit", &SteppedScheduler::commit, "tokens"_a, "now"_a = 0.0)
       .def("fail_all", [](SteppedScheduler& self) { return self.scheduler.fail_all(); })
       .def("stats", &SteppedScheduler::stats)

@@ -11,11 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from langchain_vllm_server import _engine
 from langchain_vllm_server.checkpoint import load_checkpoint
+from langchain_vllm_server.constraint import MaskThread
 from langchain_vllm_server.engine_config import to_engine
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
+
+    from langchain_vllm_server.constraint import Constraint
 
 
 @dataclasses.dataclass
@@ -27,6 +30,7 @@ class Result:
     finish: str = ""
     num_cached_tokens: int = 0
     prompt_logprobs: list[list[tuple[int, float, int]]] = dataclasses.field(default_factory=list)
+    error: str = ""
 
 
 def sampling(**values: Any) -> _engine.SamplingParams:
@@ -46,11 +50,15 @@ class Client:
     def __init__(self, engine: _engine.Engine) -> None:
         self.engine = engine
         self.results: dict[int, Result] = {}
+        self._masks = MaskThread(engine)
         self._ids = itertools.count()
 
-    def submit(self, prompt: Sequence[int], **values: Any) -> int:
+    def submit(self, prompt: Sequence[int], constraint: Constraint | None = None, **values: Any) -> int:
         request_id = next(self._ids)
-        self.engine.submit(request_id, list(prompt), sampling(**values))
+        if constraint is not None:
+            self._masks.add(request_id, constraint)
+        params = sampling(constrained=constraint is not None, **values)
+        self.engine.submit(request_id, list(prompt), params)
         self.results[request_id] = Result()
         return request_id
 
@@ -64,6 +72,7 @@ class Client:
             result.logprobs += event.logprobs
             result.prompt_logprobs += event.prompt_logprobs
             result.finish = event.finish
+            result.error = event.error
             result.num_cached_tokens = event.num_cached_tokens
 
     def wait(self, *request_ids: int, seconds: float = 120) -> list[Result]:
@@ -75,8 +84,8 @@ class Client:
             self.poll(1)
         return [self.results[i] for i in wanted]
 
-    def generate(self, prompt: Sequence[int], **values: Any) -> Result:
-        return self.wait(self.submit(prompt, **values))[0]
+    def generate(self, prompt: Sequence[int], constraint: Constraint | None = None, **values: Any) -> Result:
+        return self.wait(self.submit(prompt, constraint, **values))[0]
 
 
 @contextlib.contextmanager

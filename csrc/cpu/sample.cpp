@@ -79,6 +79,40 @@ void mask_bad_words(std::span<float> logits, const SamplingRow& row) {
   }
 }
 
+bool allows(const uint32_t* mask, size_t token) {
+  return (mask[token / 32] >> (token % 32) & 1) != 0;
+}
+
+void apply_mask(std::span<float> logits, const uint32_t* mask) {
+  for (size_t begin = 0; begin < logits.size(); begin += 32) {
+    const uint32_t word = mask[begin / 32];
+    if (word == ~0u) continue;
+    const size_t end = std::min(begin + 32, logits.size());
+    for (size_t i = begin; i < end; ++i)
+      if (!allows(mask, i)) logits[i] = kLowest;
+  }
+}
+
+int32_t first_allowed(const uint32_t* mask, size_t vocab) {
+  size_t token = 0;
+  while (token + 1 < vocab && !allows(mask, token)) ++token;
+  return static_cast<int32_t>(token);
+}
+
+// Whether anything is left to draw when the stop tokens are held back. They are few, the mask is long.
+bool allows_others(const SamplingRow& row, size_t vocab) {
+  for (size_t i = 0; i < vocab; ++i) {
+    if (i % 32 == 0 && row.mask[i / 32] == 0) {
+      i += 31;
+      continue;
+    }
+    if (allows(row.mask, i) && std::ranges::find(row.params->stop_token_ids, static_cast<int32_t>(i)) ==
+                                   row.params->stop_token_ids.end())
+      return true;
+  }
+  return false;
+}
+
 // What changes logits before anything is drawn, but for the penalties.
 void apply_bias(std::span<float> logits, const SamplingRow& row) {
   const SamplingParams& params = *row.params;
@@ -87,6 +121,7 @@ void apply_bias(std::span<float> logits, const SamplingRow& row) {
     logit(logits, token, "logit_bias: tokens of the vocabulary") += bias;
   const auto num_output = static_cast<int64_t>(row.tokens.size()) - row.num_prompt;
   if (num_output >= params.min_tokens) return;
+  if (row.mask != nullptr && !allows_others(row, logits.size())) return;
   for (const int32_t token : params.stop_token_ids)
     logit(logits, token, "stop_token_ids: tokens of the vocabulary") = kLowest;
 }
@@ -111,6 +146,7 @@ void Sampler::sample_row(std::span<float> logits, const SamplingRow& row, Scratc
                          Sampled& out) const {
   const SamplingParams& params = *row.params;
   make_comparable(logits);
+  if (row.mask != nullptr) apply_mask(logits, row.mask);
   if (params.num_logprobs >= 0) scratch.raw.assign(logits.begin(), logits.end());
   restrict(logits, row, scratch.allowed);
   apply_bias(logits, row);
@@ -174,6 +210,7 @@ int32_t Sampler::draw(std::span<float> logits, const SamplingRow& row, Scratch& 
   make_comparable(logits);
   const SamplingParams& params = *row.params;
   const float greatest = kernels_.max(logits.data(), logits.size());
+  if (greatest == kLowest && row.mask != nullptr) return first_allowed(row.mask, logits.size());
   if (greatest == kLowest && !params.allowed_token_ids.empty()) return params.allowed_token_ids[0];
   if (params.temperature < kGreedyBelow || greatest == kLowest) return argmax(logits, greatest);
   collect(logits, params, scratch);

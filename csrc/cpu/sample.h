@@ -1,5 +1,6 @@
 // From logits to tokens: a pure function of one row of logits, its request's parameters, the tokens so far
-// and the position. The order is vLLM's: log-probabilities of the raw logits; allowed_token_ids, bad_words,
+// and the position. The order is vLLM's: the mask of a constraint; log-probabilities of what it leaves;
+// allowed_token_ids, bad_words,
 // logit_bias and min_tokens; penalties; greedy or temperature, min_p, top_k, top_p and a draw. A NaN counts
 // as -inf.
 #pragma once

@@ -43,6 +43,9 @@ struct SamplingParams {
 
   int64_t priority = 0;    // lower ones run first
   std::string cache_salt;  // prefixes are shared among requests of the same salt
+  // Each token must be one that the request's constraint allows (engine/masks.h). Then min_tokens holds back
+  // stop tokens only where the constraint allows others.
+  bool constrained = false;
 };
 
 // One row to sample: a pure function of these and the logits row.
@@ -50,7 +53,8 @@ struct SamplingRow {
   const SamplingParams* params;
   std::span<const int32_t> tokens;  // (num_prompt + num_output): the sequence so far
   int32_t num_prompt;
-  uint64_t position;  // of the token being drawn, = tokens.size()
+  uint64_t position;               // of the token being drawn, = tokens.size()
+  const uint32_t* mask = nullptr;  // (ceil(vocab / 32)): bit i % 32 of word i / 32 allows token i; null: all
 };
 
 // One row whose next token is known already: its log-probability is wanted.

@@ -64,7 +64,7 @@ void validate_options(const EngineOptions& o) {
 
 Engine::Engine(const ModelConfig& config, const TensorIndex& tensors, const EngineOptions& options,
                Loading& loading)
-    : options_(options), config_(config) {
+    : options_(options), config_(config), masks_(config.vocab_size) {
   config_.validate();
   validate_options(options_);
   device_ = make_device(options_.device, options_.num_threads,
@@ -106,6 +106,7 @@ Engine::~Engine() {
 
 void Engine::stop() {
   inbox_.close();
+  masks_.close();
   std::call_once(joined_, [this] { thread_.join(); });
 }
 
@@ -133,6 +134,7 @@ void Engine::run() {
   }
   // Nothing that was asked is left without an answer, whatever ended the loop.
   inbox_.close();
+  masks_.close();
   while (auto rest = inbox_.take(/*wait=*/false))
     for (Letter& letter : *rest)
       if (auto* request = std::get_if<Request>(&letter)) scheduler_->submit(std::move(*request));
@@ -154,8 +156,10 @@ void Engine::loop() {
       continue;
     }
     const Step step = scheduler_->schedule(now());
-    const Batch batch = make_batch(step);
+    Batch batch = make_batch(step);
+    masks_.post(step, batch);
     float* logits = transformer_->forward(batch);
+    if (!masks_.collect()) return;  // stopped
     std::vector<Sampled> next(batch.sampling.size());
     device_->sample(logits, config_.vocab_size, batch.sampling, next);
     std::vector<TokenLogprobs> scored = score(batch);

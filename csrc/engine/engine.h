@@ -8,6 +8,7 @@
 
 #include "device/device.h"
 #include "engine/mailbox.h"
+#include "engine/masks.h"
 #include "engine/request.h"
 #include "engine/scheduler.h"
 #include "model/transformer.h"
@@ -29,6 +30,8 @@ class Engine {
   int fileno() const { return outbox_.fileno(); }
   std::vector<Event> drain() { return outbox_.drain(); }
   Stats stats() const;
+  // Somebody must answer its demands while constrained requests run.
+  MaskDesk& masks() { return masks_; }
   void stop();  // ends open requests and returns when the thread has; from any thread, any number of times
 
   const EngineOptions& options() const { return options_; }  // with max_model_len filled in
@@ -52,6 +55,7 @@ class Engine {
   std::atomic<uint64_t> next_id_ = 0;  // ids only grow, so no two live requests share one
   Inbox inbox_;
   Outbox outbox_;
+  MaskDesk masks_;
   mutable std::mutex stats_mutex_;
   Stats stats_;
   std::thread thread_;

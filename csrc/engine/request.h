@@ -29,6 +29,7 @@ struct Event {
   std::vector<TokenLogprobs> logprobs;  // one entry per token when asked for, else empty
   std::vector<TokenLogprobs> prompt_logprobs;  // of all prompt tokens but the first; in the first event
   Finish finish = Finish::NONE;
+  std::string error;              // for ERROR: why, where it is this request's own fault
   int32_t num_cached_tokens = 0;  // of the prompt, found in the prefix cache
   double scheduled_time = 0;      // when the request first ran
   double time = 0;                // when the step ended; for ABORT and ERROR, the last one that did

@@ -53,16 +53,31 @@ bool completes_repetition(Sequence& sequence) {
   return found;
 }
 
-// The sampler masks stop tokens until min_tokens are out; only a mask that leaves nothing lets one through.
+// The sampler masks stop tokens until min_tokens are out; one comes through only where nothing else is left,
+// which for a constrained sequence means that its answer is complete.
 Finish finish_reason(Sequence& sequence) {
   const SamplingParams& params = sequence.params;
   const bool repeats = completes_repetition(sequence);
   const bool may_end = sequence.num_output() > params.min_tokens;
-  if (may_end &&
+  if ((may_end || params.constrained) &&
       std::ranges::find(params.stop_token_ids, sequence.tokens.back()) != params.stop_token_ids.end())
     return Finish::STOP;
   if (sequence.num_output() >= params.max_tokens) return Finish::LENGTH;
   return may_end && repeats ? Finish::REPETITION : Finish::NONE;
+}
+
+void append_token(Sequence& sequence, int32_t token) {
+  sequence.tokens.push_back(token);
+  sequence.finish = finish_reason(sequence);
+}
+
+// All at once, without a forward for each; one by one where each needs its log-probabilities.
+void append_forced(Sequence& sequence) {
+  std::vector<int32_t>& forced = sequence.forced;
+  const size_t most = sequence.params.num_logprobs < 0 ? forced.size() : 1;
+  size_t n = 0;
+  while (n < most && sequence.finish == Finish::NONE) append_token(sequence, forced[n++]);
+  forced.erase(forced.begin(), forced.begin() + static_cast<int64_t>(n));
 }
 
 Event make_event(const Sequence& sequence, Finish finish, double now) {
@@ -273,15 +288,22 @@ std::span<TokenLogprobs> Scheduler::take_scored(const ScheduledSequence& schedul
 
 Event Scheduler::append(Sequence& sequence, Sampled sampled, double now) {
   if (sequence.num_output() == 0) stats_.prompt_tokens += sequence.num_prompt;
-  const bool only_read = sequence.params.max_tokens == 0;
-  if (!only_read) sequence.tokens.push_back(sampled.token);
-  sequence.finish = only_read ? Finish::LENGTH : finish_reason(sequence);
+  const size_t before = sequence.tokens.size();
+  if (!sequence.error.empty())
+    sequence.finish = Finish::ERROR;
+  else if (sequence.params.max_tokens == 0)
+    sequence.finish = Finish::LENGTH;  // the prompt was to be read, no more
+  else if (!sequence.forced.empty())
+    append_forced(sequence);
+  else
+    append_token(sequence, sampled.token);
   Event event = make_event(sequence, sequence.finish, now);
+  event.error = sequence.error;
   event.prompt_logprobs = std::exchange(sequence.prompt_logprobs, {});
-  if (only_read) return event;
-  ++stats_.generation_tokens;
-  event.tokens.push_back(sampled.token);
-  if (!sampled.logprobs.empty()) event.logprobs.push_back(std::move(sampled.logprobs));
+  event.tokens.assign(sequence.tokens.begin() + static_cast<int64_t>(before), sequence.tokens.end());
+  stats_.generation_tokens += static_cast<int64_t>(event.tokens.size());
+  if (!sampled.logprobs.empty() && !event.tokens.empty())
+    event.logprobs.push_back(std::move(sampled.logprobs));
   return event;
 }
 

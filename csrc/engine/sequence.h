@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -16,7 +17,8 @@ struct Sequence {
         tokens(std::move(request.prompt)),
         num_prompt(static_cast<int32_t>(tokens.size())),
         params(std::move(request.params)),
-        repeats(static_cast<size_t>(params.repetition_detection.max_pattern_size)) {}
+        repeats(static_cast<size_t>(params.repetition_detection.max_pattern_size)),
+        num_told(num_prompt) {}
 
   uint64_t id;
   std::vector<int32_t> tokens;  // prompt, then what was generated
@@ -34,6 +36,10 @@ struct Sequence {
   int32_t num_scored = 0;                      // how many there were
   std::vector<int32_t> repeats;  // [k]: output tokens up to the last one that equal the one k + 1 before
   Finish finish = Finish::NONE;
+  // Of a constrained one (engine/masks.h):
+  int32_t num_told = 0;         // tokens that its constraint knows
+  std::vector<int32_t> forced;  // tokens that must come next, not appended yet
+  std::string error;            // why its constraint cannot go on
 
   int32_t size() const { return static_cast<int32_t>(tokens.size()); }
   int32_t num_output() const { return size() - num_prompt; }

@@ -71,6 +71,7 @@ class SamplingParams:
     repetition_detection: tuple[int, int, int]  # max_pattern_size (0: off), min_pattern_size, min_count
     priority: int
     cache_salt: str
+    constrained: bool  # somebody must answer wait_masks()
     def __init__(self) -> None: ...
 
 class Loading:
@@ -86,6 +87,7 @@ class Event:
     logprobs: list[list[tuple[int, float, int]]]  # per token: (token, logprob, rank), the chosen one first
     prompt_logprobs: list[list[tuple[int, float, int]]]  # likewise, of all prompt tokens but the first
     finish: str  # "" | "stop" | "length" | "abort" | "error" | "repetition"
+    error: str  # why, where an error is this request's own
     num_cached_tokens: int
     scheduled_time: float  # time.monotonic()
     time: float
@@ -127,6 +129,16 @@ class Engine:
 
     def drain(self) -> list[Event]: ...
     def stats(self) -> Stats: ...
+    def wait_masks(self) -> list[tuple[int, list[int], int]] | None:
+        """Wait, with the GIL released, for what constrained rows need to know; None when the engine has stopped.
+
+        For each: the request's id, the tokens appended to its answer since it was asked about last, and the address of
+        its mask: (vocab_size + 31) // 32 words of uint32, all 0, bit i % 32 of word i // 32 for token i.
+        """
+
+    def answer_masks(self, answers: list[tuple[list[int], str]]) -> None:
+        """For each: tokens that must come next, why the request has to end, or neither and its mask is filled."""
+
     def stop(self) -> None: ...
     @property
     def options(self) -> EngineOptions:

@@ -7,12 +7,14 @@ import itertools
 import time
 from typing import TYPE_CHECKING
 
+from langchain_vllm_server.constraint import MaskThread
 from langchain_vllm_server.errors import BadRequestError, EngineError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from langchain_vllm_server._engine import Engine, Event, SamplingParams, Stats
+    from langchain_vllm_server.constraint import Constraint
     from langchain_vllm_server.sampling import Sampling
 
 # Longer than any one step takes: a full step of a 7B model on two slow cores is a few minutes.
@@ -97,17 +99,25 @@ class AsyncEngine:
         self._engine = engine
         self._new_params = new_params
         self._ids = itertools.count(1)
+        self._masks = MaskThread(engine)
         self._routes: dict[int, tuple[EventStream, int]] = {}
         self._busy_since = 0.0
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(engine.fileno(), self._drain)
 
-    def submit(self, requests: Sequence[tuple[Sequence[int], Sampling]], *, eager: bool = True) -> EventStream:
+    def submit(
+        self,
+        requests: Sequence[tuple[Sequence[int], Sampling]],
+        *,
+        eager: bool = True,
+        constraint: Constraint | None = None,
+    ) -> EventStream:
         """Start sequences, numbered in this order. Those with the same prompt share its cache blocks.
 
         Args:
             requests: Prompts and how to sample each.
             eager: Wake the reader with every step; otherwise when all sequences have finished.
+            constraint: What every answer may say; each sequence gets a fork of it.
 
         Raises:
             BadRequestError: The engine can never serve one of them.
@@ -116,7 +126,7 @@ class AsyncEngine:
         stream = EventStream(self, eager=eager)
         try:
             for index, (prompt, sampling) in enumerate(requests):
-                self._submit(stream, index, prompt, sampling)
+                self._submit(stream, index, prompt, sampling, constraint)
         except ValueError as error:
             stream.close()
             raise BadRequestError(str(error)) from None
@@ -129,6 +139,7 @@ class AsyncEngine:
         """Forget a request and free what it holds, within a step."""
         if self._routes.pop(request_id, None) is not None:
             self._engine.cancel(request_id)
+            self._masks.remove(request_id)
 
     def stats(self) -> Stats:
         """The engine's counters."""
@@ -151,12 +162,26 @@ class AsyncEngine:
         self._loop.remove_reader(self._engine.fileno())
         self._engine.stop()
 
-    def _submit(self, stream: EventStream, index: int, prompt: Sequence[int], sampling: Sampling) -> None:
+    def _submit(
+        self,
+        stream: EventStream,
+        index: int,
+        prompt: Sequence[int],
+        sampling: Sampling,
+        constraint: Constraint | None,
+    ) -> None:
         params = self._new_params()
         for name in sampling.__slots__:
             setattr(params, name, getattr(sampling, name))
         request_id = next(self._ids)
-        self._engine.submit(request_id, prompt, params)
+        if constraint is not None:
+            params.constrained = True
+            self._masks.add(request_id, constraint.fork())
+        try:
+            self._engine.submit(request_id, prompt, params)
+        except BaseException:
+            self._masks.remove(request_id)
+            raise
         if not self._routes:
             self._busy_since = time.monotonic()
         self._routes[request_id] = (stream, index)
@@ -169,5 +194,6 @@ class AsyncEngine:
                 continue  # cancelled meanwhile
             if event.finish:
                 del self._routes[event.request_id]
+                self._masks.remove(event.request_id)
             stream, index = route
             stream.push(index, event)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from langchain_vllm_server._engine import Event
     from langchain_vllm_server.async_engine import AsyncEngine, EventStream
+    from langchain_vllm_server.constraint import Constraint
     from langchain_vllm_server.metrics import Metrics
     from langchain_vllm_server.protocol import GenerationRequest
     from langchain_vllm_server.sampling import Sampling
@@ -225,7 +226,7 @@ class Generation:
         if event.finish in ("error", "abort"):
             choice.finish_reason = "error"
             self._service.metrics.finished(choice)
-            reason = self._service.engine.problem() or "the engine gave this request up"
+            reason = event.error or self._service.engine.problem() or "the engine gave this request up"
             raise EngineError(f"Generation failed: {reason}")
         before = choice.clock.last_token
         choice.push(event, delta)
@@ -242,6 +243,7 @@ def start(
     sampling: Sampling,
     prompts: Sequence[Sequence[int]],
     limit: int | None,
+    constraint: Constraint | None = None,
 ) -> Generation:
     """Submit `n` sequences per prompt.
 
@@ -251,20 +253,26 @@ def start(
         sampling: What `sampling.resolve` made of the request.
         prompts: Token ids, each at least one.
         limit: The request's max_tokens.
+        constraint: What every answer may say.
 
     Raises:
         BadRequestError: A prompt or a parameter can never be served.
         EngineError: The engine has stopped.
     """
     model = service.model
-    sampling.stop_token_ids = [*request.stop_token_ids, *(() if request.ignore_eos else model.eos_token_ids)]
+    # Where a constraint allows nothing but the end, the answer is complete, and no request can want it otherwise.
+    ignore_eos = request.ignore_eos and constraint is None
+    sampling.stop_token_ids = [*request.stop_token_ids, *(() if ignore_eos else model.eos_token_ids)]
     default = model.sampling_defaults.get("max_new_tokens")
     requests = []
     for prompt in prompts:
         length = max_tokens(limit, default, request.min_tokens, len(prompt), model.max_model_len)
+        if request.ignore_eos and constraint is not None:
+            sampling.min_tokens = length  # no end-of-sequence token while the constraint allows others
         requests += [(prompt, replace(sampling, seed=seed, max_tokens=length)) for seed in _seeds(request, model)]
     choices = [Choice(request, model, index, prompt) for index, (prompt, _) in enumerate(requests)]
-    stream = service.engine.submit(requests, eager=request.stream or bool(request.stop_strings))
+    eager = request.stream or bool(request.stop_strings)
+    stream = service.engine.submit(requests, eager=eager, constraint=constraint)
     service.metrics.started(request.n, [one.max_tokens for _, one in requests])
     return Generation(service, stream, choices, request.n)
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from langchain_vllm_server.errors import BadRequestError, NotFoundError
+from langchain_vllm_server.structured import GrammarCompiler
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -36,6 +37,7 @@ class ServedModel:
     max_logprobs: int = 20
     response_role: str = "assistant"
     seeds: random.Random = field(default_factory=random.Random)  # for requests that give no seed
+    compiler: GrammarCompiler = field(default_factory=GrammarCompiler)
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property

@@ -153,6 +153,11 @@ class Tokenizer:
         stripped = text[: self.decoding.strip_left].lstrip(" ")
         return stripped + text[self.decoding.strip_left :]
 
+    def to_json(self) -> str:
+        """The whole tokenizer in the format of tokenizer.json."""
+        text: str = self._backend.to_str()
+        return text
+
     def token(self, token_id: int) -> str:
         """The token as the vocabulary spells it; "" for an id that is none."""
         if not 0 <= token_id < 1 << 32:

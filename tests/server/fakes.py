@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import os
+import queue
 import random
 import time
 from collections import deque
@@ -64,6 +66,8 @@ class FakeEngine:
         self._read, self._write = os.pipe()
         self._timer: asyncio.TimerHandle | None = None
         self._generated = 0
+        self._demands: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
     def submit(self, request_id: int, prompt: Sequence[int], params: Any) -> None:
         if self.error:
@@ -72,6 +76,7 @@ class FakeEngine:
             id=request_id, prompt=list(prompt), params=params, submitted=time.monotonic(), output=[]
         )
         request.tokens = deque(self.script(prompt, params))
+        request.told = 0
         self.submitted.append(request)
         self._running[request_id] = request
         self._schedule()
@@ -97,9 +102,16 @@ class FakeEngine:
             generation_tokens=self._generated, last_step_time=time.monotonic(), alive=not self.error, error=self.error,
         )  # fmt: skip
 
+    def wait_masks(self) -> list[tuple[int, list[int], int]] | None:
+        return self._demands.get()
+
+    def answer_masks(self, answers: list[tuple[list[int], str]]) -> None:
+        self._answers.put(answers)
+
     def stop(self) -> None:
         if not self.stopped:
             self.stopped = True
+            self._demands.put(None)
             if self._timer is not None:
                 self._timer.cancel()
             os.close(self._read)
@@ -118,16 +130,37 @@ class FakeEngine:
 
     def _step(self) -> None:
         self._timer = None
+        self._constrain([r for r in self._running.values() if getattr(r.params, "constrained", False)])
         for request in list(self._running.values()):
             self._advance(request)
         self._schedule()
 
+    def _constrain(self, requests: list[SimpleNamespace]) -> None:
+        """Puts first what the constraints force, or the first token they allow where the script's own is not."""
+        if not requests:
+            return
+        masks = [(ctypes.c_uint32 * 16)() for _ in requests]  # 512 tokens: more than the byte tokenizer has
+        demands = [(r.id, r.output[r.told :], ctypes.addressof(mask)) for r, mask in zip(requests, masks, strict=True)]
+        self._demands.put(demands)
+        for request, mask, (forced, error) in zip(requests, masks, self._answers.get(timeout=10), strict=True):
+            request.told = len(request.output)
+            request.error = error
+            allowed = [i for i in range(512) if mask[i // 32] >> (i % 32) & 1]
+            assert bool(allowed) + bool(forced) + bool(error) == 1
+            if not error and request.tokens[0] not in (forced[:1] or allowed):
+                request.tokens.appendleft((forced or allowed)[0])
+
     def _advance(self, request: SimpleNamespace) -> None:
+        if error := getattr(request, "error", ""):
+            del self._running[request.id]
+            self._post(self._event(request.id, finish="error", error=error))
+            return
         token = request.tokens.popleft()
         request.output.append(token)
         self._generated += 1
         finish = ""
-        if token in request.params.stop_token_ids and len(request.output) > request.params.min_tokens:
+        early = len(request.output) <= request.params.min_tokens and not getattr(request.params, "constrained", False)
+        if token in request.params.stop_token_ids and not early:
             finish = "stop"
         elif len(request.output) >= request.params.max_tokens:
             finish = "length"
@@ -142,7 +175,14 @@ class FakeEngine:
         self._post(self._event(request.id, scheduled_time=request.submitted, **fields))
 
     def _event(self, request_id: int, **fields: Any) -> SimpleNamespace:
-        common = {"tokens": [], "logprobs": [], "finish": "", "num_cached_tokens": 16, "scheduled_time": 0.0}
+        common = {
+            "tokens": [],
+            "logprobs": [],
+            "finish": "",
+            "error": "",
+            "num_cached_tokens": 16,
+            "scheduled_time": 0.0,
+        }
         return SimpleNamespace(request_id=request_id, time=time.monotonic(), **{**common, **fields})
 
     def _post(self, event: SimpleNamespace) -> None:
