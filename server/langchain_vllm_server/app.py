@@ -17,12 +17,13 @@ from starlette.routing import Route
 from langchain_vllm_server import metrics
 from langchain_vllm_server.chat import create_chat_completion
 from langchain_vllm_server.completions import create_completion
-from langchain_vllm_server.errors import RequestError
+from langchain_vllm_server.errors import BadRequestError, RequestError
 from langchain_vllm_server.models_api import model_card, model_list
 from langchain_vllm_server.protocol import (
     ChatCompletionRequest,
     CompletionRequest,
     DetokenizeRequest,
+    GenerationRequest,
     TokenizeRequest,
     decode,
 )
@@ -134,7 +135,7 @@ def _post(
 
     async def endpoint(request: Request) -> Response:
         try:
-            body = decode(await _read_body(request), type)
+            body = _with_headers(decode(await _read_body(request), type), request)
             result = await until_disconnect(request.receive, _answer(body, request))
         except (ClientDisconnect, BodyDisconnect):
             return Response(status_code=499)  # nobody reads it
@@ -144,6 +145,17 @@ def _post(
         return await answer(service, body, _request_id(request, body))
 
     return endpoint
+
+
+def _with_headers(body: R, request: Request) -> R:
+    """The body with what a header says in its place: `X-Vllm-Priority`."""
+    given = request.headers.get("x-vllm-priority")
+    if given is not None and isinstance(body, GenerationRequest):
+        try:
+            body.priority = int(given)
+        except ValueError:
+            raise BadRequestError(f"X-Vllm-Priority must be a whole number, got {given!r}.", "priority") from None
+    return body
 
 
 async def _read_body(request: Request) -> bytes:

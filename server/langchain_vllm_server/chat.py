@@ -9,14 +9,15 @@ from langchain_vllm_server import sampling
 from langchain_vllm_server.chat_messages import render_chat
 from langchain_vllm_server.chunks import ChunkStream, now
 from langchain_vllm_server.errors import BadRequestError
-from langchain_vllm_server.generation import start
+from langchain_vllm_server.generation import Delta, start
 from langchain_vllm_server.logprobs import LogprobFormat
+from langchain_vllm_server.prompts import text_prompt, told_of_prompt
 from langchain_vllm_server.responses import encode_json
 
 if TYPE_CHECKING:
     from starlette.responses import Response
 
-    from langchain_vllm_server.generation import Choice, Delta, Generation, Service
+    from langchain_vllm_server.generation import Choice, Generation, Service
     from langchain_vllm_server.protocol import ChatCompletionRequest
 
 
@@ -26,24 +27,20 @@ async def create_chat_completion(
     """Answer a conversation: a stream of chunks, or a whole completion as its JSON object."""
     model = service.model
     answer = ChatAnswer(service, request, request_id)
-    parameters = sampling.resolve(
-        request,
-        model.sampling_defaults,
-        vocab_size=model.vocab_size,
-        num_logprobs=_num_logprobs(request, model.max_logprobs),
-    )
+    parameters = sampling.parameters(request, model, _num_logprobs(request), "top_logprobs")
     _check_tools(request)
     text = render_chat(request, model)
-    prompt = await model.encode_prompt(text, add_special_tokens=request.add_special_tokens)
-    if not prompt:
-        raise BadRequestError("The chat template made an empty prompt of the messages.", "messages")
     limit = request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens
-    generation = start(service, request, parameters, [prompt], limit)
+    prompt = await text_prompt(request, model, text, limit, add_special_tokens=request.add_special_tokens)
+    if not prompt.token_ids:
+        raise BadRequestError("The chat template made an empty prompt of the messages.", "messages")
+    generation = start(service, request, parameters, [prompt.token_ids], limit)
+    told = told_of_prompt(request, prompt)
     if request.stream:
         head = {"id": answer.id, "object": "chat.completion.chunk", "created": answer.created, "model": answer.model}
-        return ChunkStream(generation, request, head, model.fingerprint, answer.chunk_entries).response()
+        return ChunkStream(generation, request, head, model, answer.chunk_entries, told).response()
     with closing(generation):
-        return answer.whole(generation, await generation.collect())
+        return answer.whole(generation, await generation.collect()) | told
 
 
 class ChatAnswer:
@@ -57,7 +54,10 @@ class ChatAnswer:
         continues = not request.add_generation_prompt and request.messages
         self._role = request.messages[-1].role if continues else service.model.response_role
         self._wants_logprobs = request.logprobs
+        self._scores_prompt = request.prompt_logprobs is not None
         self._logprobs = LogprobFormat(service.model.tokenizer, as_token_ids=request.return_tokens_as_token_ids)
+        self._returns_ids = request.return_token_ids
+        self._echo = _echoed(request, self._role) if request.echo else ""
         self._begun: set[int] = set()
 
     def chunk_entries(self, choice: Choice, delta: Delta) -> list[bytes]:
@@ -69,7 +69,9 @@ class ChatAnswer:
                 b'{"index":%d,"delta":{"role":%b,"content":""},"logprobs":null,"finish_reason":null}'
                 % (choice.index, encode_json(self._role))
             )
-        if delta.text or delta.logprobs or delta.finish_reason is not None:
+            if self._echo:
+                entries.append(self._entry(choice, Delta(self._echo)))
+        if delta.text or delta.logprobs or delta.finish_reason is not None or (self._returns_ids and delta.token_ids):
             entries.append(self._entry(choice, delta))
         return entries
 
@@ -77,10 +79,12 @@ class ChatAnswer:
         logprobs = (
             encode_json(self._logprobs.chat(delta.logprobs)) if self._wants_logprobs and delta.logprobs else b"null"
         )
-        head = b'{"index":%d,"delta":{"content":%b},"logprobs":%b,"finish_reason":' % (
+        token_ids = b',"token_ids":' + encode_json(delta.token_ids) if self._returns_ids else b""
+        head = b'{"index":%d,"delta":{"content":%b},"logprobs":%b%b,"finish_reason":' % (
             choice.index,
             encode_json(delta.text),
             logprobs,
+            token_ids,
         )
         if delta.finish_reason is None:
             return head + b"null}"
@@ -97,16 +101,18 @@ class ChatAnswer:
             "service_tier": None,
             "system_fingerprint": self._fingerprint,
             "usage": generation.usage(),
-            "prompt_logprobs": None,
+            "prompt_logprobs": self._logprobs.prompt(deltas[0].prompt_logprobs) if self._scores_prompt else None,
             "prompt_token_ids": None,
+            "prompt_text": None,
             "kv_transfer_params": None,
+            "ec_transfer_params": None,
             "metrics": generation.timing(),
         }
 
     def _choice(self, index: int, delta: Delta) -> dict[str, Any]:
         message = {
             "role": self._role,
-            "content": delta.text,
+            "content": self._echo + delta.text,
             "refusal": None,
             "annotations": None,
             "audio": None,
@@ -119,15 +125,28 @@ class ChatAnswer:
             "logprobs": self._logprobs.chat(delta.logprobs) if self._wants_logprobs else None,
             "finish_reason": delta.finish_reason,
             "stop_reason": delta.stop_reason,
-            "token_ids": None,
+            "token_ids": delta.token_ids if self._returns_ids else None,
+            "routed_experts": None,
         }
 
 
-def _num_logprobs(request: ChatCompletionRequest, limit: int) -> int:
+def _num_logprobs(request: ChatCompletionRequest) -> int | None:
+    """-1: of all tokens; None: of none. Raises BadRequestError for top_logprobs without logprobs."""
+    if request.top_logprobs < -1:
+        raise BadRequestError("`top_logprobs` must be a positive value or -1.", "top_logprobs")
     if request.top_logprobs and not request.logprobs:
         raise BadRequestError("when using `top_logprobs`, `logprobs` must be set to true.", "top_logprobs")
-    sampling.check_logprobs(request.top_logprobs, limit, "top_logprobs")
-    return request.top_logprobs if request.logprobs else -1
+    return request.top_logprobs if request.logprobs else None
+
+
+def _echoed(request: ChatCompletionRequest, role: str) -> str:
+    """The text of the last message, if the answer speaks in its role."""
+    last = request.messages[-1] if request.messages else None
+    if last is None or last.role != role or last.content is None:
+        return ""
+    if isinstance(last.content, str):
+        return last.content
+    return "".join(part if isinstance(part, str) else str(part.get("text", "")) for part in last.content)
 
 
 def _check_tools(request: ChatCompletionRequest) -> None:

@@ -11,6 +11,7 @@ from langchain_vllm_server.errors import BadRequestError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from langchain_vllm_server.chat_template import ChatTemplate
     from langchain_vllm_server.protocol import ChatCompletionRequest, Message, TokenizeRequest
     from langchain_vllm_server.served_model import ServedModel
 
@@ -22,18 +23,16 @@ _RESERVED = frozenset(
 
 def render_chat(request: ChatCompletionRequest | TokenizeRequest, model: ServedModel) -> str:
     """Apply the model's chat template. Raises BadRequestError where there is none, or it refuses the messages."""
-    if model.chat_template is None:
+    template, parts = _template(request, model)
+    if template is None:
         raise BadRequestError(
             f"The model `{model.names[0]}` has no chat template, so it cannot chat. Use /v1/completions, or start the "
             "server with --chat-template and the template that the model was trained with.",
             "messages",
         )
-    messages = [
-        _as_dict(message, number, parts=model.content_format == "openai")
-        for number, message in enumerate(_checked(request))
-    ]
+    messages = [_as_dict(message, number, parts=parts) for number, message in enumerate(_checked(request))]
     try:
-        return model.chat_template.render(
+        return template.render(
             messages,
             tools=request.tools,
             documents=request.documents,
@@ -43,6 +42,25 @@ def render_chat(request: ChatCompletionRequest | TokenizeRequest, model: ServedM
         )
     except ValueError as error:
         raise BadRequestError(f"The chat template refused the messages: {error}", "messages") from None
+
+
+def _template(request: ChatCompletionRequest | TokenizeRequest, model: ServedModel) -> tuple[ChatTemplate | None, bool]:
+    """The template to use, and whether it takes contents as lists of parts."""
+    source = request.chat_template
+    if source is None:
+        return model.chat_template, model.content_format == "openai"
+    if not model.trust_request_chat_template:
+        raise BadRequestError(
+            "Chat template is passed with request, but --trust-request-chat-template is not set: start the server with "
+            "that flag, or leave `chat_template` out.",
+            "chat_template",
+        )
+    from langchain_vllm_server.chat_template import ChatTemplate
+
+    try:
+        return ChatTemplate(source, model.tokenizer.special_tokens), content_format(source) == "openai"
+    except ValueError as error:
+        raise BadRequestError(str(error), "chat_template") from None
 
 
 def content_format(source: str) -> str:

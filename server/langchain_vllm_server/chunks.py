@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from langchain_vllm_server.generation import Choice, Delta, Generation
     from langchain_vllm_server.protocol import GenerationRequest
+    from langchain_vllm_server.served_model import ServedModel
 
     # The JSON of entries of `choices` for what is new; several where a delta needs several chunks.
     Entries = Callable[[Choice, Delta], list[bytes]]
@@ -23,8 +24,9 @@ class ChunkStream:
 
     Args:
         head: The answer's fields before `choices`: id, object, created, model.
-        fingerprint: `system_fingerprint`, told in chunks that finish a choice.
+        model: For its fingerprint, told in chunks that finish a choice, and how often to tell what.
         entries: Formats what is new of a choice.
+        first: Further fields of the first chunk.
     """
 
     def __init__(
@@ -32,16 +34,20 @@ class ChunkStream:
         generation: Generation,
         request: GenerationRequest,
         head: dict[str, Any],
-        fingerprint: str,
+        model: ServedModel,
         entries: Entries,
+        first: dict[str, Any] | None = None,
     ) -> None:
         self._generation = generation
         self._entries = entries
+        self._first = b"," + encode_json(first)[1:-1] if first else b""
         self._head = encode_json(head)[:-1] + b',"choices":['
-        self._fingerprint = b',"system_fingerprint":' + encode_json(fingerprint)
+        self._fingerprint = b',"system_fingerprint":' + encode_json(model.fingerprint)
         options = request.stream_options
-        self._include_usage = options is not None and options.include_usage
-        self._continuous_usage = options is not None and options.continuous_usage_stats
+        forced = model.force_include_usage
+        self._include_usage = forced or (options is not None and options.include_usage)
+        self._continuous_usage = forced or (options is not None and options.continuous_usage_stats)
+        self._interval = request.stream_interval or model.stream_interval
 
     def response(self) -> EventStreamResponse:
         """The HTTP response."""
@@ -49,7 +55,7 @@ class ChunkStream:
 
     async def _chunks(self) -> AsyncIterator[bytes]:
         try:
-            async for news in self._generation.deltas():
+            async for news in self._generation.spaced_deltas(self._interval):
                 chunk = b"".join(self._events(choice, delta) for choice, delta in news)
                 if chunk:
                     yield chunk
@@ -66,7 +72,11 @@ class ChunkStream:
         if self._continuous_usage:
             end += self._usage()
         end += b"}"
-        return b"".join(sse(self._head + entry + end) for entry in self._entries(choice, delta))
+        events = []
+        for entry in self._entries(choice, delta):
+            events.append(sse(self._head + entry + b"]" + self._first + end[1:]))
+            self._first = b""
+        return b"".join(events)
 
     def _usage(self) -> bytes:
         return b',"usage":' + encode_json(self._generation.usage())

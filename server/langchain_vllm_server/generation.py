@@ -6,8 +6,9 @@ import time
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from langchain_vllm_server.beam_search import BeamStream
 from langchain_vllm_server.detokenizer import Detokenizer
-from langchain_vllm_server.errors import EngineError
+from langchain_vllm_server.errors import BadRequestError, EngineError
 from langchain_vllm_server.sampling import max_tokens
 
 if TYPE_CHECKING:
@@ -41,8 +42,20 @@ class Delta:
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # of all prompt tokens but the first
     finish_reason: str | None = None
     stop_reason: str | int | None = None  # the stop string, or the stop token of the request
+
+    def followed_by(self, other: Delta) -> Delta:
+        """Both as one."""
+        return Delta(
+            self.text + other.text,
+            self.token_ids + other.token_ids,
+            self.logprobs + other.logprobs,
+            self.prompt_logprobs + other.prompt_logprobs,
+            other.finish_reason,
+            other.stop_reason,
+        )
 
 
 class StopStrings:
@@ -115,6 +128,8 @@ class Choice:
         if self.finish_reason is not None:
             return
         self._tick(event)
+        if event.prompt_logprobs:
+            delta.prompt_logprobs = event.prompt_logprobs
         logprobs = event.logprobs
         stop_token = event.tokens[-1] if event.finish == "stop" else None
         for position, token in enumerate(event.tokens):
@@ -162,7 +177,9 @@ class Choice:
 class Generation:
     """An HTTP request in flight: its events, turned into deltas of its choices."""
 
-    def __init__(self, service: Service, stream: EventStream, choices: list[Choice], num_per_prompt: int) -> None:
+    def __init__(
+        self, service: Service, stream: EventStream | BeamStream, choices: list[Choice], num_per_prompt: int
+    ) -> None:
         self.choices = choices
         self._leaders = choices[::num_per_prompt]  # one per prompt
         self._stream = stream
@@ -184,6 +201,23 @@ class Generation:
                 self._push(self.choices[index], event, news.setdefault(index, Delta()))
             yield [(self.choices[index], delta) for index, delta in news.items()]
 
+    async def spaced_deltas(self, interval: int) -> AsyncIterator[list[tuple[Choice, Delta]]]:
+        """`deltas` put together: after its first token, a choice has news every `interval` tokens and at its end."""
+        told: dict[int, int] = {}  # choice → tokens at its last news
+        held: dict[int, Delta] = {}
+        async for news in self.deltas():
+            due = []
+            for choice, delta in news:
+                whole = held.pop(choice.index).followed_by(delta) if choice.index in held else delta
+                before = told.get(choice.index, 0)
+                if whole.finish_reason is None and before and choice.num_tokens - before < interval:
+                    held[choice.index] = whole
+                    continue
+                told[choice.index] = choice.num_tokens
+                due.append((choice, whole))
+            if due:
+                yield due
+
     async def collect(self) -> list[Delta]:
         """All of every choice."""
         whole = [Delta() for _ in self.choices]
@@ -196,11 +230,16 @@ class Generation:
         """Tokens so far. A prompt counts once, however many choices it has."""
         prompt = sum(choice.num_prompt_tokens for choice in self._leaders)
         completion = sum(choice.num_tokens for choice in self.choices)
+        details = {"cached_tokens": sum(choice.num_cached_tokens for choice in self._leaders)}
+        if block := self._service.model.cache_block_size:
+            details["created_cache_tokens"] = sum(
+                max(choice.num_prompt_tokens // block * block - choice.num_cached_tokens, 0) for choice in self._leaders
+            )
         return {
             "prompt_tokens": prompt,
             "total_tokens": prompt + completion,
             "completion_tokens": completion,
-            "prompt_tokens_details": {"cached_tokens": sum(choice.num_cached_tokens for choice in self._leaders)},
+            "prompt_tokens_details": details,
         }
 
     def timing(self) -> dict[str, float | None] | None:
@@ -270,9 +309,21 @@ def start(
         if request.ignore_eos and constraint is not None:
             sampling.min_tokens = length  # no end-of-sequence token while the constraint allows others
         requests += [(prompt, replace(sampling, seed=seed, max_tokens=length)) for seed in _seeds(request, model)]
+    if not request.stream:  # otherwise each choice tells its own, whichever is first
+        for index, (_, one) in enumerate(requests):
+            one.num_prompt_logprobs = -1 if index % request.n else sampling.num_prompt_logprobs
     choices = [Choice(request, model, index, prompt) for index, (prompt, _) in enumerate(requests)]
-    eager = request.stream or bool(request.stop_strings)
-    stream = service.engine.submit(requests, eager=eager, constraint=constraint)
+    stream: EventStream | BeamStream
+    if request.use_beam_search:
+        if constraint is not None:
+            raise BadRequestError(
+                "`use_beam_search` does not go together with constrained answers; leave one of them out.",
+                "use_beam_search",
+            )
+        stream = BeamStream(service.engine, requests, request, model.vocab_size)
+    else:
+        eager = request.stream or bool(request.stop_strings)
+        stream = service.engine.submit(requests, eager=eager, constraint=constraint)
     service.metrics.started(request.n, [one.max_tokens for _, one in requests])
     return Generation(service, stream, choices, request.n)
 

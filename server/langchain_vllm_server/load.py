@@ -111,6 +111,11 @@ def served_model(settings: Settings, checkpoint: Checkpoint, max_model_len: int)
         content_format="string" if source is None else content_format(source),
         sampling_defaults=sampling_defaults(settings, checkpoint.generation_config),
         max_logprobs=settings.max_logprobs,
+        priority_scheduling=settings.scheduling_policy == "priority",
+        trust_request_chat_template=settings.trust_request_chat_template,
+        force_include_usage=settings.enable_force_include_usage,
+        stream_interval=settings.stream_interval,
+        cache_block_size=_engine.KV_BLOCK_SIZE if settings.enable_prefix_caching else 0,
         response_role=settings.response_role,
         seeds=random.Random(settings.seed),
     )

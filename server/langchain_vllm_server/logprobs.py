@@ -29,21 +29,32 @@ class LogprobFormat:
             ]
         }
 
-    def completion(self, tokens: Sequence[TokenLogprobs], offset: int) -> dict[str, Any]:
-        """`logprobs` of a text choice whose first token here begins at character `offset`."""
-        names = [self._name(entries[0][0]) for entries in tokens]
+    def prompt(self, tokens: Sequence[TokenLogprobs]) -> list[dict[str, Any] | None]:
+        """`prompt_logprobs`, of the first token on, which has none."""
+        return [None, *({str(t): self._ranked(t, value, rank) for t, value, rank in entries} for entries in tokens)]
+
+    def completion(self, tokens: Sequence[TokenLogprobs | int], offset: int) -> dict[str, Any]:
+        """`logprobs` of a text choice whose first token here begins at character `offset`.
+
+        A token that nothing stands before has no log-probability; it is given by its id alone.
+        """
+        names = [self._name(entries if isinstance(entries, int) else entries[0][0]) for entries in tokens]
         offsets = []
         for name in names:
             offsets.append(offset)
             offset += len(name)
         return {
             "text_offset": offsets,
-            "token_logprobs": [max(entries[0][1], _FLOOR) for entries in tokens],
+            "token_logprobs": [None if isinstance(e, int) else max(e[0][1], _FLOOR) for e in tokens],
             "tokens": names,
             "top_logprobs": [
-                {self._name(token): max(value, _FLOOR) for token, value, _ in entries} for entries in tokens
+                None if isinstance(e, int) else {self._name(token): max(value, _FLOOR) for token, value, _ in e}
+                for e in tokens
             ],
         }
+
+    def _ranked(self, token: int, logprob: float, rank: int) -> dict[str, Any]:
+        return {"logprob": max(logprob, _FLOOR), "rank": rank, "decoded_token": self._name(token)}
 
     def _entry(self, token: int, logprob: float, _rank: int) -> dict[str, Any]:
         name = self._name(token)

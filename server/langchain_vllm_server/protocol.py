@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import re
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import msgspec
 
@@ -18,39 +18,30 @@ logger = logging.getLogger(__name__)
 
 # Fields that this version does not build, with the values that ask for nothing.
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "allowed_token_ids": (),
     "audio": (),
-    "bad_words": ([],),
     "best_of": (1,),
-    "cache_salt": (),
-    "chat_template": (),
-    "echo": (False,),
     "ec_transfer_params": (),
     "function_call": ("none",),
     "functions": (),
     "kv_transfer_params": (),
-    "logprob_token_ids": (),
     "media_io_kwargs": ({},),
     "mm_processor_kwargs": ({},),
     "modalities": (["text"],),
-    "prediction": (),
-    "priority": (0,),
     "prompt_embeds": (),
-    "prompt_logprobs": (),
-    "repetition_detection": (),
     "response_format": ({"type": "text"},),
-    "return_prompt_text": (False,),
-    "return_token_ids": (False,),
-    "return_token_offsets": (False,),
-    "spaces_between_special_tokens": (True,),
     "structured_outputs": (),
     "suffix": ("",),
     "thinking_token_budget": (-1,),
-    "truncate_prompt_tokens": (),
-    "use_beam_search": (False,),
     "vllm_xargs": ({},),
     "watermarking": (False,),
-    "web_search_options": (),
+}
+
+# What to do instead, where leaving the field out is not all there is to say.
+_REMEDIES = {
+    "best_of": "`best_of` is no longer part of vLLM's API; ask for `n` answers.",
+    "prompt_embeds": "`prompt_embeds` is not supported; give the prompt as text or token ids.",
+    "suffix": "`suffix` is not supported: the model cannot fill in the middle; leave it out.",
+    "watermarking": "`watermarking` is not supported: this server has no watermark to put into texts; leave it out.",
 }
 
 # Removed from vLLM's API, which now drops them silently.
@@ -60,14 +51,13 @@ _REMOVED = frozenset({"guided_json", "guided_regex", "guided_choice", "guided_gr
 _HARMLESS = frozenset(
     {
         "include_reasoning",
-        "length_penalty",
         "metadata",
         "parallel_tool_calls",
         "prompt_cache_key",
         "prompt_cache_options",
     }
-    | {"prompt_cache_retention", "safety_identifier", "service_tier", "session_id", "store", "stream_interval"}
-    | {"truncation_side", "user"}
+    | {"prompt_cache_retention", "safety_identifier", "service_tier", "session_id", "store", "prediction"}
+    | {"spaces_between_special_tokens", "user"}  # tokens are spelled as they are: nothing between them to leave out
 )
 
 
@@ -90,6 +80,14 @@ class Message(msgspec.Struct, kw_only=True, omit_defaults=True):
     reasoning_content: str | None = None
 
 
+class RepetitionDetection(msgspec.Struct, kw_only=True):
+    """When to give up on an answer that repeats itself: a pattern of so many tokens, so many times in a row."""
+
+    max_pattern_size: int = 0  # 0: never
+    min_pattern_size: int = 0  # 0: 1
+    min_count: int = 0
+
+
 class GenerationRequest(msgspec.Struct, kw_only=True):
     """The fields that chat and text completions share. None: take the model's default."""
 
@@ -110,16 +108,37 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
     stop_token_ids: list[int] = []
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
+    allowed_token_ids: list[int] | None = None
+    bad_words: list[str] = []
+    repetition_detection: RepetitionDetection | None = None
+    use_beam_search: bool = False
+    length_penalty: float = 1.0
     skip_special_tokens: bool = True
+    echo: bool = False
+    prompt_logprobs: int | None = None  # -1: of the whole vocabulary
+    logprob_token_ids: list[int] | None = None
+    truncate_prompt_tokens: int | None = None  # -1: what fits
+    truncation_side: Literal["left", "right"] = "left"
     return_tokens_as_token_ids: bool = False
+    return_token_ids: bool = False
+    return_token_offsets: bool = False
+    return_prompt_text: bool = False
     stream: bool = False
     stream_options: StreamOptions | None = None
+    stream_interval: int | None = None  # tokens from chunk to chunk; None: the server's
+    priority: int = 0
+    cache_salt: str | None = None
     request_id: str | None = None
 
     @property
     def stop_strings(self) -> list[str]:
         """`stop` as a list."""
         return [self.stop] if isinstance(self.stop, str) else self.stop
+
+    @property
+    def only_scores(self) -> bool:
+        """Whether the prompt is to be read and nothing to be generated."""
+        return False
 
 
 class ChatCompletionRequest(GenerationRequest, kw_only=True):
@@ -135,6 +154,7 @@ class ChatCompletionRequest(GenerationRequest, kw_only=True):
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     add_special_tokens: bool = False
+    chat_template: str | None = None  # in place of the model's own
     chat_template_kwargs: dict[str, Any] = {}
     reasoning_effort: str | None = None
 
@@ -144,8 +164,13 @@ class CompletionRequest(GenerationRequest, kw_only=True):
 
     prompt: str | list[str | int | list[int]] = ""
     max_tokens: int | None = 16
-    logprobs: int | None = None
+    logprobs: int | None = None  # -1: of the whole vocabulary
     add_special_tokens: bool = True
+
+    @property
+    def only_scores(self) -> bool:
+        """Whether the prompt is to be read and nothing to be generated."""
+        return self.echo and self.max_tokens == 0
 
 
 class TokenizeRequest(msgspec.Struct, kw_only=True):
@@ -158,6 +183,7 @@ class TokenizeRequest(msgspec.Struct, kw_only=True):
     return_token_strs: bool = False
     add_generation_prompt: bool = True
     continue_final_message: bool = False
+    chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] = {}
     tools: list[dict[str, Any]] | None = None
     documents: list[dict[str, Any]] | None = None
@@ -208,7 +234,8 @@ def _refuse_unsupported(raw: dict[str, Any]) -> None:
         )
     for name in raw.keys() & _UNSUPPORTED.keys():
         if raw[name] not in _UNSUPPORTED[name]:
-            raise BadRequestError(f"`{name}` is not supported by this version of the server; leave it out.", name)
+            default = f"`{name}` is not supported by this version of the server; leave it out."
+            raise BadRequestError(_REMEDIES.get(name, default), name)
 
 
 def _warn_unknown(raw: dict[str, Any], type: type[msgspec.Struct]) -> None:  # noqa: A002

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -10,9 +11,13 @@ from langchain_vllm_server.errors import BadRequestError, CheckpointError
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from langchain_vllm_server.protocol import GenerationRequest
+    from langchain_vllm_server.protocol import GenerationRequest, RepetitionDetection
+    from langchain_vllm_server.served_model import ServedModel
+    from langchain_vllm_server.tokenizer import Tokenizer
 
 MAX_N = 16384
+MAX_SALT = 128  # characters
+MAX_PATTERN = 1024  # tokens; the engine compares every token with so many before it
 MIN_TEMPERATURE = 0.01  # vLLM raises smaller ones: dividing logits by less overflows
 
 # A generation_config.json may set these; a request's own value wins.
@@ -32,6 +37,11 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("max_tokens", lambda v: v >= 1, "must be at least 1"),
     ("max_completion_tokens", lambda v: v >= 1, "must be at least 1"),
     ("min_tokens", lambda v: v >= 0, "must be greater than or equal to 0"),
+    ("prompt_logprobs", lambda v: v >= -1, "must be a positive value or -1"),
+    ("truncate_prompt_tokens", lambda v: v >= -1, "must be greater than or equal to -1"),
+    ("stream_interval", lambda v: v >= 1, "must be at least 1"),
+    ("priority", lambda v: -(2**63) <= v < 2**63, "must be a 64-bit integer"),
+    ("length_penalty", math.isfinite, "must be a finite number"),
 )
 
 
@@ -52,9 +62,16 @@ class Sampling:
     max_tokens: int = 16
     min_tokens: int = 0
     stop_token_ids: list[int] = field(default_factory=list)
+    allowed_token_ids: list[int] = field(default_factory=list)
+    bad_words: list[list[int]] = field(default_factory=list)
+    logprob_token_ids: list[int] = field(default_factory=list)
+    num_prompt_logprobs: int = -1
+    repetition_detection: tuple[int, int, int] = (0, 1, 2)
+    priority: int = 0
+    cache_salt: str = ""
 
 
-MAX_ENTRIES = {"stop": 64, "stop_token_ids": 1024, "logit_bias": 1024}
+MAX_ENTRIES = {"stop": 64, "stop_token_ids": 1024, "logit_bias": 1024, "bad_words": 1024, "logprob_token_ids": 128}
 """What every token of every sequence is compared with, so one request must not bring any amount of it."""
 
 
@@ -62,6 +79,8 @@ def check_ranges(request: GenerationRequest) -> None:
     """Raise BadRequestError for the first field out of its range."""
     for name, valid, rule in _RANGES:
         value = getattr(request, name, None)
+        if name == "max_tokens" and request.only_scores:
+            continue
         if value is not None and not valid(value):
             raise BadRequestError(f"{name} {rule}, got {value}.", name)
     if any(not stop for stop in request.stop_strings) or request.stop == "":
@@ -70,11 +89,73 @@ def check_ranges(request: GenerationRequest) -> None:
         ("stop", request.stop_strings),
         ("stop_token_ids", request.stop_token_ids),
         ("logit_bias", request.logit_bias or {}),
+        ("bad_words", request.bad_words),
+        ("logprob_token_ids", request.logprob_token_ids or []),
     ):
         if len(entries) > MAX_ENTRIES[name]:
             raise BadRequestError(f"{name} must have at most {MAX_ENTRIES[name]} entries, got {len(entries)}.", name)
     if request.stream_options is not None and not request.stream:
         raise BadRequestError("Stream options can only be defined when `stream=True`.", "stream_options")
+    if request.prompt_logprobs and request.stream:
+        raise BadRequestError("`prompt_logprobs` are not available when `stream=True`.", "prompt_logprobs")
+    _check_texts(request)
+
+
+def _check_texts(request: GenerationRequest) -> None:
+    if any(not word.strip() for word in request.bad_words):
+        raise BadRequestError("bad_words cannot contain an empty string.", "bad_words")
+    salt = request.cache_salt
+    if salt is not None and (not 1 <= len(salt) <= MAX_SALT or any(char in salt for char in "@/\\\0")):
+        raise BadRequestError(
+            f"cache_salt must have 1 to {MAX_SALT} characters, none of them @, /, \\ or NUL.", "cache_salt"
+        )
+
+
+def parameters(
+    request: GenerationRequest, model: ServedModel, num_logprobs: int | None, param: str = "logprobs"
+) -> Sampling:
+    """What the engine needs to know of a request for this model; seed, max_tokens and stop tokens are left.
+
+    Args:
+        request: Chat or text completion.
+        model: For the vocabulary, the tokenizer, the defaults and the limits.
+        num_logprobs: Of the most likely tokens, -1 of all, None: no log-probabilities.
+        param: The field that says so.
+
+    Raises:
+        BadRequestError: a value is out of range, contradicts another, or the server was started without it.
+    """
+    sampling = resolve(request, model.sampling_defaults, vocab_size=model.vocab_size)
+    if request.priority and not model.priority_scheduling:
+        raise BadRequestError(
+            f"priority {request.priority} needs a server that schedules by priority: start it with "
+            "--scheduling-policy priority, or leave the field out.",
+            "priority",
+        )
+    sampling.num_logprobs = _count_logprobs(num_logprobs, model, param)
+    sampling.num_prompt_logprobs = _count_logprobs(request.prompt_logprobs, model, "prompt_logprobs")
+    if request.logprob_token_ids is not None and num_logprobs is None:
+        raise BadRequestError("when using `logprob_token_ids`, `logprobs` must be set.", "logprob_token_ids")
+    sampling.bad_words = [ids for word in request.bad_words for ids in _spellings(word, model.tokenizer)]
+    return sampling
+
+
+def _count_logprobs(requested: int | None, model: ServedModel, param: str) -> int:
+    """-1 for none; what is asked for, of the vocabulary."""
+    if requested is None:
+        return -1
+    count = model.vocab_size if requested == -1 else requested
+    check_logprobs(count, model.max_logprobs, param)
+    return min(count, model.vocab_size)
+
+
+def _spellings(word: str, tokenizer: Tokenizer) -> list[list[int]]:
+    """A bad word at the start of a text and after a space: vLLM forbids both, whichever is given."""
+    try:
+        spelled = [tokenizer.encode(prefix + word.lstrip(), add_special_tokens=False) for prefix in ("", " ")]
+    except ValueError as error:
+        raise BadRequestError(f"bad_words: {error}", "bad_words") from None
+    return [ids for i, ids in enumerate(spelled) if ids and ids not in spelled[:i]]
 
 
 def resolve(
@@ -88,9 +169,16 @@ def resolve(
     check_ranges(request)
     chosen = {name: _first(getattr(request, name), defaults.get(name), neutral) for name, neutral in _DEFAULTS.items()}
     temperature = chosen["temperature"]
-    if request.n > 1 and temperature == 0:
+    if request.n > 1 and temperature == 0 and not request.use_beam_search:
         raise BadRequestError(f"n must be 1 when using greedy sampling, got {request.n}.", "n")
-    _check_vocabulary(request.stop_token_ids, vocab_size, "stop_token_ids")
+    if request.allowed_token_ids == []:
+        raise BadRequestError(
+            "allowed_token_ids must hold at least one token id; leave it out to allow all.", "allowed_token_ids"
+        )
+    named = {"stop_token_ids": request.stop_token_ids, "allowed_token_ids": request.allowed_token_ids or []}
+    named["logprob_token_ids"] = request.logprob_token_ids or []
+    for name, tokens in named.items():
+        _check_vocabulary(tokens, vocab_size, name)
     return Sampling(
         temperature=max(temperature, MIN_TEMPERATURE) if temperature else 0.0,
         top_p=chosen["top_p"],
@@ -102,7 +190,30 @@ def resolve(
         logit_bias=_logit_bias(request.logit_bias or {}, vocab_size),
         num_logprobs=num_logprobs,
         min_tokens=request.min_tokens,
+        allowed_token_ids=list(dict.fromkeys(request.allowed_token_ids or [])),
+        logprob_token_ids=request.logprob_token_ids or [],
+        repetition_detection=_repetition(request.repetition_detection),
+        priority=request.priority,
+        cache_salt=request.cache_salt or "",
     )
+
+
+def _repetition(wanted: RepetitionDetection | None) -> tuple[int, int, int]:
+    """The engine's triple. Raises BadRequestError for one that detects nothing or looks back too far."""
+    if wanted is None or wanted.max_pattern_size == 0:
+        return (0, 1, 2)
+    longest, shortest = wanted.max_pattern_size, wanted.min_pattern_size
+    if not 0 <= shortest <= longest <= MAX_PATTERN:
+        raise BadRequestError(
+            f"repetition_detection: 0 <= min_pattern_size <= max_pattern_size <= {MAX_PATTERN} must hold, got "
+            f"{shortest} and {longest}.",
+            "repetition_detection",
+        )
+    if not 2 <= wanted.min_count < 2**31:
+        raise BadRequestError(
+            f"repetition_detection: min_count must be at least 2, got {wanted.min_count}.", "repetition_detection"
+        )
+    return (longest, shortest or 1, wanted.min_count)
 
 
 def model_defaults(config: Mapping[str, Any], source: str) -> dict[str, Any]:
@@ -127,7 +238,7 @@ def max_tokens(
     Raises:
         BadRequestError: the prompt leaves no room, more was asked for than the whole context, or min_tokens do not fit.
     """
-    if num_prompt_tokens >= max_model_len:
+    if num_prompt_tokens + (requested != 0) > max_model_len:
         raise BadRequestError(
             f"This model's maximum context length is {max_model_len} tokens. However, your prompt contains "
             f"{num_prompt_tokens} input tokens. Please reduce the length of the input prompt.",
@@ -150,10 +261,13 @@ def max_tokens(
 def check_logprobs(requested: int, limit: int, param: str) -> None:
     """Raise BadRequestError when more logprobs are asked for than the server gives (`limit` -1: no limit)."""
     if requested < 0:
-        raise BadRequestError(f"`{param}` must be a positive value.", param)
+        raise BadRequestError(f"`{param}` must be a positive value or -1.", param)
     if 0 <= limit < requested:
+        kind = "prompt" if param == "prompt_logprobs" else "sample"
         raise BadRequestError(
-            f"Requested sample logprobs of {requested}, which is greater than max allowed: {limit}", param
+            f"Requested {kind} logprobs of {requested}, which is greater than max allowed: {limit}; "
+            "--max-logprobs raises the limit.",
+            param,
         )
 
 

@@ -35,6 +35,11 @@ class ServedModel:
     content_format: str = "string"  # what the template takes as a message's content: "string" or "openai" (parts)
     sampling_defaults: Mapping[str, Any] = field(default_factory=dict)
     max_logprobs: int = 20
+    priority_scheduling: bool = False
+    trust_request_chat_template: bool = False
+    force_include_usage: bool = False
+    stream_interval: int = 1  # tokens from chunk to chunk
+    cache_block_size: int = 0  # tokens of a block of the prefix cache; 0: there is none
     response_role: str = "assistant"
     seeds: random.Random = field(default_factory=random.Random)  # for requests that give no seed
     compiler: GrammarCompiler = field(default_factory=GrammarCompiler)

@@ -60,6 +60,10 @@ class Settings:
     generation_config: str = "auto"  # auto: the model's own; vllm: none; or a folder
     override_generation_config: dict[str, Any] | None = None
     max_logprobs: int = 20
+    trust_request_chat_template: bool = False
+    scheduling_policy: str = "fcfs"
+    stream_interval: int = 1  # tokens
+    enable_force_include_usage: bool = False
 
     dtype: str = "auto"
     quantization: str | None = None  # what float weights become while they load: int8 or int4
@@ -114,6 +118,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_model(parser.add_argument_group("model"))
     _add_engine(parser.add_argument_group("engine"))
+    _add_requests(parser.add_argument_group("requests"))
     _add_server(parser.add_argument_group("server"))
     _add_without_effect(parser)
     return parser
@@ -199,6 +204,24 @@ def _add_engine(group: argparse._ArgumentGroup) -> None:
         help="for weights and KV cache, such as 4GiB; 0: half of what is free",
     )
     group.add_argument("--seed", type=int, default=0, help="of the seeds of requests that give none")
+
+
+def _add_requests(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--trust-request-chat-template", action="store_true", help="let requests bring a chat template of their own"
+    )
+    group.add_argument(
+        "--scheduling-policy",
+        choices=["fcfs", "priority"],
+        default="fcfs",
+        help="fcfs: first come, first served; priority: lower `priority` numbers first",
+    )
+    group.add_argument(
+        "--stream-interval", type=_integer(1), default=1, metavar="TOKENS", help="from chunk to chunk of a stream"
+    )
+    group.add_argument(
+        "--enable-force-include-usage", action="store_true", help="tell the usage in every chunk of every stream"
+    )
 
 
 def _add_server(group: argparse._ArgumentGroup) -> None:

@@ -145,6 +145,17 @@ class Tokenizer:
         ids: list[int] = batch[0].ids
         return ids
 
+    def offsets(self, text: str, add_special_tokens: bool = True) -> list[tuple[int, int]]:
+        """Begin and end of each of `encode`'s tokens in the text, in characters. Raises ValueError as `encode` does."""
+        try:
+            batch = self._backend.encode_batch([text], add_special_tokens=add_special_tokens)
+        except (TypeError, UnicodeEncodeError):
+            raise ValueError(
+                "the text has a lone surrogate (half of a UTF-16 pair), which is not a character"
+            ) from None
+        found: list[tuple[int, int]] = batch[0].offsets
+        return found
+
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """The text of the ids. Bytes that are not UTF-8 become U+FFFD; ids that are no token are left out."""
         skipped = self.special_ids if skip_special_tokens else frozenset()

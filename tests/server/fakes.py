@@ -45,6 +45,12 @@ def byte_tokenizer() -> Tokenizer:
     return Tokenizer(backend, {"eos_token": EOS})
 
 
+def logprobs_of(token: int, count: int) -> list[tuple[int, float, int]]:
+    """The token and, as the most likely ones, itself and those that follow it in the vocabulary."""
+    others = [(token + 1 + i, -1.5 - i, 2 + i) for i in range(count - 1)]
+    return [(token, -0.5, 1), *([(token, -0.5, 1), *others] if count else [])]
+
+
 class FakeEngine:
     """Answers with a script, a token a step, for all its requests at the same time. See _engine.pyi.
 
@@ -155,6 +161,15 @@ class FakeEngine:
             del self._running[request.id]
             self._post(self._event(request.id, finish="error", error=error))
             return
+        scored = []
+        if request.params.num_prompt_logprobs >= 0 and not request.output:
+            scored = [logprobs_of(token, request.params.num_prompt_logprobs) for token in request.prompt[1:]]
+        if request.params.max_tokens == 0:
+            del self._running[request.id]
+            self._post(
+                self._event(request.id, finish="length", prompt_logprobs=scored, scheduled_time=request.submitted)
+            )
+            return
         token = request.tokens.popleft()
         request.output.append(token)
         self._generated += 1
@@ -168,16 +183,15 @@ class FakeEngine:
             del self._running[request.id]
         logprobs = []
         if request.params.num_logprobs >= 0:
-            others = [(token + 1 + i, -1.5 - i, 2 + i) for i in range(request.params.num_logprobs - 1)]
-            top = [(token, -0.5, 1), *others] if request.params.num_logprobs else []
-            logprobs = [[(token, -0.5, 1), *top]]
-        fields = {"tokens": [token], "logprobs": logprobs, "finish": finish}
+            logprobs = [logprobs_of(token, request.params.num_logprobs)]
+        fields = {"tokens": [token], "logprobs": logprobs, "finish": finish, "prompt_logprobs": scored}
         self._post(self._event(request.id, scheduled_time=request.submitted, **fields))
 
     def _event(self, request_id: int, **fields: Any) -> SimpleNamespace:
         common = {
             "tokens": [],
             "logprobs": [],
+            "prompt_logprobs": [],
             "finish": "",
             "error": "",
             "num_cached_tokens": 16,

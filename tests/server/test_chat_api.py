@@ -43,6 +43,7 @@ async def test_whole_answer_has_vllms_shape(server: Server) -> None:
                 "finish_reason": "stop",
                 "stop_reason": None,
                 "token_ids": None,
+                "routed_experts": None,
             }
         ],
         "service_tier": None,
@@ -55,7 +56,9 @@ async def test_whole_answer_has_vllms_shape(server: Server) -> None:
         },
         "prompt_logprobs": None,
         "prompt_token_ids": None,
+        "prompt_text": None,
         "kv_transfer_params": None,
+        "ec_transfer_params": None,
     }
     assert set(timing) == {
         "time_to_first_token_ms",
@@ -154,7 +157,7 @@ async def test_generation_config_gives_the_defaults_and_requests_override_them()
     assert (overridden.temperature, overridden.top_k, overridden.max_tokens) == (0, 0, 2)
 
 
-async def test_every_sampling_field_reaches_the_engine(server: Server) -> None:
+async def test_every_sampling_field_reaches_the_engine() -> None:
     body = {
         "temperature": 0.7,
         "top_p": 0.8,
@@ -168,15 +171,28 @@ async def test_every_sampling_field_reaches_the_engine(server: Server) -> None:
         "max_tokens": 8,
         "min_tokens": 2,
         "stop_token_ids": [3],
+        "allowed_token_ids": [1, 2, 1],
+        "bad_words": [" no"],
+        "repetition_detection": {"max_pattern_size": 5, "min_count": 3},
+        "cache_salt": "mine",
+        "priority": -7,
+        "prompt_logprobs": 1,
+        "logprob_token_ids": [8, 9],
         "logprobs": True,
         "top_logprobs": 2,
     }
-    assert (await server.chat(**body)).status_code == 200
+    async with running(priority_scheduling=True) as server:
+        response = await server.chat(**body)
+    assert response.status_code == 200, response.text
     params = vars(server.fake.submitted[0].params)
     eos = server.model.eos_token_ids[0]
-    expected = {k: v for k, v in body.items() if k not in ("logprobs", "top_logprobs")}
+    expected = {k: v for k, v in body.items() if k not in ("logprobs", "top_logprobs", "prompt_logprobs")}
     assert params == {
         **expected,
+        "allowed_token_ids": [1, 2],
+        "bad_words": [byte_tokenizer().encode(word) for word in ("no", " no")],
+        "num_prompt_logprobs": 1,
+        "repetition_detection": (5, 1, 3),
         "logit_bias": [(5, 100.0), (6, -1.0)],
         "num_logprobs": 2,
         "stop_token_ids": [3, eos],

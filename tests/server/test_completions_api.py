@@ -28,6 +28,7 @@ async def test_whole_answer_has_vllms_shape(server: Server) -> None:
                 "token_ids": None,
                 "prompt_logprobs": None,
                 "prompt_token_ids": None,
+                "routed_experts": None,
             }
         ],
         "service_tier": None,
@@ -39,6 +40,7 @@ async def test_whole_answer_has_vllms_shape(server: Server) -> None:
             "prompt_tokens_details": {"cached_tokens": 16},
         },
         "kv_transfer_params": None,
+        "ec_transfer_params": None,
     }
 
 

@@ -75,7 +75,13 @@ def test_a_choice_does_not_depend_on_how_tokens_come(
             now, rest = rest[:size], rest[size:]
             finish = "" if rest else "length"
             event = SimpleNamespace(
-                tokens=now, logprobs=[], finish=finish, num_cached_tokens=0, scheduled_time=0.0, time=1.0
+                tokens=now,
+                logprobs=[],
+                prompt_logprobs=[],
+                finish=finish,
+                num_cached_tokens=0,
+                scheduled_time=0.0,
+                time=1.0,
             )
             choice.push(event, delta)  # type: ignore[arg-type]
         return delta.text, delta.finish_reason, choice.num_tokens, delta.stop_reason
