@@ -64,6 +64,7 @@ class FakeEngine:
         self.step_seconds = step_seconds
         self.submitted: list[SimpleNamespace] = []
         self.cancelled: list[int] = []
+        self.finish_reasons: dict[str, str] = {}  # others in the place of those that the limits give
         self.stopped = False
         self.device_name, self.weight_bytes = "fake", 0
         self.error = ""
@@ -179,6 +180,7 @@ class FakeEngine:
             finish = "stop"
         elif len(request.output) >= request.params.max_tokens:
             finish = "length"
+        finish = self.finish_reasons.get(finish, finish)
         if finish:
             del self._running[request.id]
         logprobs = []

@@ -34,9 +34,9 @@ def answer(tokens: Sequence[int], count: int) -> list[tuple[int, float, int]]:
     return [(best[0], logprobs[best[0]], 1), *((token, logprobs[token], rank + 1) for rank, token in enumerate(best))]
 
 
-def search(n: int, max_tokens: int, **fields: Any) -> Search:
+def search(n: int, max_tokens: int, prompt: Sequence[int] = PROMPT, **fields: Any) -> Search:
     sampling = Sampling(max_tokens=max_tokens, stop_token_ids=[END], min_tokens=fields.pop("min_tokens", 0))
-    one = Search(PROMPT, sampling, CompletionRequest(n=n, use_beam_search=True, **fields), VOCAB)
+    one = Search(prompt, sampling, CompletionRequest(n=n, use_beam_search=True, **fields), VOCAB)
     while not one.over:
         asked = one.ask()
         assert all(params.max_tokens == 1 and params.stop_token_ids == [] for _, params in asked)
@@ -70,6 +70,16 @@ def test_a_wide_beam_finds_the_best_of_all_answers(length_penalty: float, min_to
     assert [beam.total for beam in found] == pytest.approx([total for _, total in expected])
     for beam in found:
         assert [entry[0][0] for entry in beam.logprobs] == beam.tokens[len(PROMPT) :]
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_to_end_early_changes_nothing(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = random.Random(seed)
+    options: dict[str, Any] = {"length_penalty": rng.choice([0.0, 1.0, 3.0, -2.0]), "min_tokens": rng.randint(0, 2)}
+    prompt = [rng.randrange(VOCAB) for _ in range(rng.randint(1, 4))]
+    early = search(3, 12, prompt=prompt, **options)
+    monkeypatch.setattr(Search, "_is_decided", lambda _self: False)
+    assert early.best() == search(3, 12, prompt=prompt, **options).best()
 
 
 def test_one_beam_that_nothing_ends_is_greedy() -> None:
