@@ -12,6 +12,7 @@ from langchain_vllm_server.errors import BadRequestError
 from langchain_vllm_server.generation import Delta, start
 from langchain_vllm_server.logprobs import LogprobFormat
 from langchain_vllm_server.prompts import text_prompt, told_of_prompt
+from langchain_vllm_server.response_format import compile_format
 from langchain_vllm_server.responses import encode_json
 
 if TYPE_CHECKING:
@@ -34,7 +35,8 @@ async def create_chat_completion(
     prompt = await text_prompt(request, model, text, limit, add_special_tokens=request.add_special_tokens)
     if not prompt.token_ids:
         raise BadRequestError("The chat template made an empty prompt of the messages.", "messages")
-    generation = start(service, request, parameters, [prompt.token_ids], limit)
+    constraint = await compile_format(request, model)
+    generation = start(service, request, parameters, [prompt.token_ids], limit, constraint)
     told = told_of_prompt(request, prompt)
     if request.stream:
         head = {"id": answer.id, "object": "chat.completion.chunk", "created": answer.created, "model": answer.model}

@@ -11,6 +11,7 @@ from langchain_vllm_server.errors import BadRequestError
 from langchain_vllm_server.generation import start
 from langchain_vllm_server.logprobs import LogprobFormat
 from langchain_vllm_server.prompts import text_prompt, token_prompt, told_of_prompt
+from langchain_vllm_server.response_format import compile_format
 from langchain_vllm_server.responses import encode_json
 from langchain_vllm_server.sampling import MAX_N
 
@@ -35,7 +36,9 @@ async def create_completion(service: Service, request: CompletionRequest, reques
     if request.echo and request.prompt_logprobs is None:
         parameters.num_prompt_logprobs = parameters.num_logprobs
     prompts = await _prompts(request, model)
-    generation = start(service, request, parameters, [prompt.token_ids for prompt in prompts], request.max_tokens)
+    constraint = await compile_format(request, model)
+    token_ids = [prompt.token_ids for prompt in prompts]
+    generation = start(service, request, parameters, token_ids, request.max_tokens, constraint)
     answer = TextAnswer(service, request, request_id, prompts)
     if request.stream:
         head = {"id": answer.id, "object": "text_completion", "created": answer.created, "model": answer.model}

@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeVar
 import msgspec
 
 from langchain_vllm_server.errors import BadRequestError, RequestError
+from langchain_vllm_server.response_format import ResponseFormat, StructuredOutputs
 
 logger = logging.getLogger(__name__)
 
@@ -28,8 +29,6 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "mm_processor_kwargs": ({},),
     "modalities": (["text"],),
     "prompt_embeds": (),
-    "response_format": ({"type": "text"},),
-    "structured_outputs": (),
     "suffix": ("",),
     "thinking_token_budget": (-1,),
     "vllm_xargs": ({},),
@@ -44,8 +43,17 @@ _REMEDIES = {
     "watermarking": "`watermarking` is not supported: this server has no watermark to put into texts; leave it out.",
 }
 
-# Removed from vLLM's API, which now drops them silently.
-_REMOVED = frozenset({"guided_json", "guided_regex", "guided_choice", "guided_grammar", "guided_decoding_backend"})
+# Removed from vLLM's API, which now drops them silently, and what became of them; None: nothing to choose any more.
+_REMOVED = {
+    "guided_json": "json",
+    "guided_regex": "regex",
+    "guided_choice": "choice",
+    "guided_grammar": "grammar",
+    "guided_json_object": "json_object",
+    "guided_whitespace_pattern": "whitespace_pattern",
+    "guided_decoding_backend": None,
+    "structured_outputs_backend": None,
+}
 
 # Known fields that cannot change the answer of a server that keeps nothing and runs first come, first served.
 _HARMLESS = frozenset(
@@ -129,6 +137,8 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
     priority: int = 0
     cache_salt: str | None = None
     request_id: str | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
 
     @property
     def stop_strings(self) -> list[str]:
@@ -210,6 +220,7 @@ def decode(body: bytes, type: type[T]) -> T:  # noqa: A002
         raise _invalid("the body must be a JSON object")
     raw = {name: value for name, value in raw.items() if value is not None}
     _refuse_unsupported(raw)
+    _translate_removed(raw)
     _warn_unknown(raw, type)
     try:
         return msgspec.convert(raw, type, strict=False)  # like pydantic: "5" and 5.0 are an int
@@ -227,15 +238,23 @@ def _invalid(message: str, param: str | None = None) -> RequestError:
 
 
 def _refuse_unsupported(raw: dict[str, Any]) -> None:
-    for name in raw.keys() & _REMOVED:
-        raise BadRequestError(
-            f"`{name}` is no longer part of vLLM's API, and its successor `structured_outputs` is not supported yet.",
-            name,
-        )
     for name in raw.keys() & _UNSUPPORTED.keys():
         if raw[name] not in _UNSUPPORTED[name]:
             default = f"`{name}` is not supported by this version of the server; leave it out."
             raise BadRequestError(_REMEDIES.get(name, default), name)
+
+
+def _translate_removed(raw: dict[str, Any]) -> None:
+    for name in sorted(raw.keys() & _REMOVED.keys()):
+        value, new = raw.pop(name), _REMOVED[name]
+        if new is None:
+            logger.warning("ignored `%s`: it is no longer part of vLLM's API, and there is one backend", name)
+            continue
+        logger.warning("`%s` is no longer part of vLLM's API: took it as `structured_outputs.%s`", name, new)
+        outputs = raw.setdefault("structured_outputs", {})
+        if not isinstance(outputs, dict) or new in outputs:
+            raise BadRequestError(f"`{name}` and `structured_outputs` contradict each other; give one of them.", name)
+        outputs[new] = value
 
 
 def _warn_unknown(raw: dict[str, Any], type: type[msgspec.Struct]) -> None:  # noqa: A002

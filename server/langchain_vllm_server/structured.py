@@ -11,7 +11,7 @@ import asyncio
 import re
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -20,7 +20,7 @@ from langchain_vllm_server.constraint import Constraint, ConstraintError, MaskTh
 from langchain_vllm_server.errors import BadRequestError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from llguidance import LLMatcher, LLTokenizer
 
@@ -32,6 +32,8 @@ MAX_GRAMMAR_BYTES = 1 << 18
 COMPILE_SECONDS = 10.0
 _CACHED_GRAMMARS = 128
 _MAX_MESSAGE = 500  # characters of llguidance's explanation that an answer repeats
+_NO_TEXT = "no text satisfies it"
+_DEAD_ENDS = frozenset({"NoExtension", "NoExtensionBias"})  # llguidance's stop reasons
 
 _encode = msgspec.json.Encoder().encode
 
@@ -42,11 +44,13 @@ class Grammar:
 
     Attributes:
         source: JSON text of llguidance's list of grammars, the first of which is where an answer starts.
-        wider: Another one to compile where `source`, which allows less of the same, turns out impossible.
+        narrower: One that allows less of the same, and is taken where any text satisfies it.
+        locate: Says which part of the source an error of llguidance is about.
     """
 
     source: str
-    wider: str | None = None
+    narrower: str | None = None
+    locate: Callable[[str], str] | None = field(default=None, compare=False)
 
     @classmethod
     def from_lark(cls, text: str) -> Grammar:
@@ -54,9 +58,15 @@ class Grammar:
         return cls(_grammars({"lark_grammar": text}))
 
     @classmethod
-    def from_json_schema(cls, schema: dict[str, Any], wider: dict[str, Any] | None = None) -> Grammar:
+    def from_json_schema(
+        cls,
+        schema: dict[str, Any],
+        narrower: dict[str, Any] | None = None,
+        locate: Callable[[str], str] | None = None,
+    ) -> Grammar:
         """JSON that is valid under a schema; `x-guidance` in it says how it is spelled (see json_schema.py)."""
-        return cls(_grammars({"json_schema": schema}), None if wider is None else _grammars({"json_schema": wider}))
+        narrow = None if narrower is None else _grammars({"json_schema": narrower})
+        return cls(_grammars({"json_schema": schema}), narrow, locate)
 
     @classmethod
     def from_regex(cls, pattern: str) -> Grammar:
@@ -71,10 +81,8 @@ class Grammar:
     def within(self, lark: str) -> Grammar:
         """A grammar in Lark in which `@answer` stands for this one: what comes before and after it."""
         outer = {"lark_grammar": lark}
-        sources = (self.source, self.wider)
-        source, wider = (text and _grammars(outer, *_named(text)) for text in sources)
-        assert source
-        return Grammar(source, wider)
+        narrower = self.narrower and _grammars(outer, *_named(self.narrower))
+        return Grammar(_grammars(outer, *_named(self.source)), narrower, self.locate)
 
 
 def lark_string(text: str) -> str:
@@ -136,17 +144,19 @@ class GrammarCompiler:
                 f"{param}: the grammar takes longer than {COMPILE_SECONDS:.0f} s to compile; make it smaller.", param
             ) from None
         except ConstraintError as error:
-            raise BadRequestError(f"{param}: {error}", param) from None
+            where = "" if grammar.locate is None else grammar.locate(str(error)) + ": "
+            raise BadRequestError(f"{param}: {where}{error}", param) from None
 
     def _build(self, grammar: Grammar, model: ServedModel) -> MatcherConstraint:
         if self._tokenizer is None:
             self._tokenizer = _tokenizer(model)
+        whole = MatcherConstraint.start(self._tokenizer, grammar.source)
+        if grammar.narrower is None:
+            return whole
         try:
-            return MatcherConstraint.start(self._tokenizer, grammar.source)
+            return MatcherConstraint.start(self._tokenizer, grammar.narrower)
         except ConstraintError:
-            if grammar.wider is None:
-                raise
-            return MatcherConstraint.start(self._tokenizer, grammar.wider)
+            return whole
 
 
 class MatcherConstraint:
@@ -180,7 +190,7 @@ class MatcherConstraint:
         if self._matcher.is_stopped():
             self._check()
             if not self._matcher.is_accepting():
-                raise ConstraintError("no finite text satisfies it")
+                raise ConstraintError(_NO_TEXT)
             return [self._tokenizer.eos_token]
         return self._matcher.compute_ff_tokens()
 
@@ -193,8 +203,8 @@ class MatcherConstraint:
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            reason = self._matcher.get_error().partition("<state>")[0].strip()
-            raise ConstraintError(reason[:_MAX_MESSAGE] or "the grammar cannot go on")
+            reason = self._matcher.get_error().partition("<state>")[0].removesuffix("<non-verbose/>").strip()
+            raise ConstraintError(_NO_TEXT if reason in _DEAD_ENDS else reason[:_MAX_MESSAGE])
 
 
 def _tokenizer(model: ServedModel) -> LLTokenizer:

@@ -67,11 +67,6 @@ REFUSED: list[tuple[str, dict[str, Any], str | None, str]] = [
             ({"stream_options": 3, "stream": True}, "stream_options", "Expected `object"),
             ({"logit_bias": {"1": "a"}}, "logit_bias", "Expected `float`"),
             # what this version does not build is refused, not ignored
-            ({"guided_json": {"type": "object"}}, "guided_json", "structured_outputs"),
-            ({"guided_regex": "a"}, "guided_regex", "structured_outputs"),
-            ({"guided_choice": ["a"]}, "guided_choice", "structured_outputs"),
-            ({"structured_outputs": {"regex": "a"}}, "structured_outputs", "not supported"),
-            ({"response_format": {"type": "json_object"}}, "response_format", "not supported"),
             ({"best_of": 2}, "best_of", "ask for `n` answers"),
             ({"watermarking": True}, "watermarking", "leave it out"),
             # what is to be sampled
