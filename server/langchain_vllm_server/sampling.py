@@ -96,7 +96,7 @@ def check_ranges(request: GenerationRequest) -> None:
             raise BadRequestError(f"{name} must have at most {MAX_ENTRIES[name]} entries, got {len(entries)}.", name)
     if request.stream_options is not None and not request.stream:
         raise BadRequestError("Stream options can only be defined when `stream=True`.", "stream_options")
-    if request.prompt_logprobs and request.stream:
+    if request.prompt_logprobs is not None and request.stream:
         raise BadRequestError("`prompt_logprobs` are not available when `stream=True`.", "prompt_logprobs")
     _check_texts(request)
 
@@ -235,6 +235,8 @@ def max_tokens(
 ) -> int:
     """How many tokens may be generated: what was asked for, at most what the context has left.
 
+    `default`, the generation_config's max_new_tokens, is a limit to all requests as well: vLLM documents it so.
+
     Raises:
         BadRequestError: the prompt leaves no room, more was asked for than the whole context, or min_tokens do not fit.
     """
@@ -250,7 +252,7 @@ def max_tokens(
             "max_tokens",
         )
     room = max_model_len - num_prompt_tokens
-    length = min(int(_first(requested, default, room)), room)
+    length = min(_first(requested, room), _first(default, room), room)
     if min_tokens > length:
         raise BadRequestError(
             f"min_tokens must be less than or equal to max_tokens={length}, got {min_tokens}.", "min_tokens"

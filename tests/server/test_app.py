@@ -80,7 +80,7 @@ REFUSED: list[tuple[str, dict[str, Any], str | None, str]] = [
             ({"prompt_logprobs": -2}, "prompt_logprobs", "must be a positive value or -1"),
             ({"prompt_logprobs": 21}, "prompt_logprobs", "Requested prompt logprobs of 21, which is greater than max"),
             ({"prompt_logprobs": -1}, "prompt_logprobs", "--max-logprobs"),
-            ({"prompt_logprobs": 1, "stream": True}, "prompt_logprobs", "not available when `stream=True`"),
+            ({"prompt_logprobs": 0, "stream": True}, "prompt_logprobs", "not available when `stream=True`"),
             ({"logprob_token_ids": [1]}, "logprob_token_ids", "`logprobs` must be set"),
             ({"logprob_token_ids": [1] * 129}, "logprob_token_ids", "at most 128"),
             ({"use_beam_search": True, "n": 65}, "n", "at most 64"),

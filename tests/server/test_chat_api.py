@@ -152,7 +152,10 @@ async def test_generation_config_gives_the_defaults_and_requests_override_them()
     async with running(sampling_defaults=defaults) as server:
         assert (await server.chat()).json()["choices"][0]["message"]["content"] == "Hell"
         await server.chat(temperature=0, top_k=-1, max_tokens=2)
-    given, overridden = (request.params for request in server.fake.submitted)
+        assert (await server.chat(max_tokens=9)).json()["usage"]["completion_tokens"] == 4, (
+            "max_new_tokens is a limit too"
+        )
+    given, overridden, _ = (request.params for request in server.fake.submitted)
     assert (given.temperature, given.top_k, given.top_p, given.repetition_penalty) == (0.5, 7, 0.9, 1.1)
     assert (overridden.temperature, overridden.top_k, overridden.max_tokens) == (0, 0, 2)
 
