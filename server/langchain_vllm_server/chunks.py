@@ -46,7 +46,8 @@ class ChunkStream:
         options = request.stream_options
         forced = model.force_include_usage
         self._include_usage = forced or (options is not None and options.include_usage)
-        self._continuous_usage = forced or (options is not None and options.continuous_usage_stats)
+        continuous = options is not None and options.include_usage and options.continuous_usage_stats
+        self._continuous_usage = forced or continuous
         self._interval = request.stream_interval or model.stream_interval
 
     def response(self) -> EventStreamResponse:
@@ -66,20 +67,21 @@ class ChunkStream:
         yield DONE
 
     def _events(self, choice: Choice, delta: Delta) -> bytes:
-        end = b"]"
-        if delta.finish_reason is not None:
-            end += self._fingerprint
-        if self._continuous_usage:
-            end += self._usage()
-        end += b"}"
+        """The chunks of a delta; its end and its tokens are told with the last of them."""
+        entries = self._entries(choice, delta)
         events = []
-        for entry in self._entries(choice, delta):
-            events.append(sse(self._head + entry + b"]" + self._first + end[1:]))
+        for left, entry in zip(range(len(entries) - 1, -1, -1), entries, strict=True):
+            end = b"]" + self._first
             self._first = b""
+            if delta.finish_reason is not None and not left:
+                end += self._fingerprint
+            if self._continuous_usage:
+                end += self._usage(untold=len(delta.token_ids) if left else 0)
+            events.append(sse(self._head + entry + end + b"}"))
         return b"".join(events)
 
-    def _usage(self) -> bytes:
-        return b',"usage":' + encode_json(self._generation.usage())
+    def _usage(self, untold: int = 0) -> bytes:
+        return b',"usage":' + encode_json(self._generation.usage(untold))
 
     def _timing(self) -> bytes:
         timing = self._generation.timing()

@@ -226,10 +226,10 @@ class Generation:
                 self._push(self.choices[index], event, whole[index])
         return whole
 
-    def usage(self) -> dict[str, Any]:
-        """Tokens so far. A prompt counts once, however many choices it has."""
+    def usage(self, untold: int = 0) -> dict[str, Any]:
+        """Tokens so far, but for the last `untold` ones. A prompt counts once, however many choices it has."""
         prompt = sum(choice.num_prompt_tokens for choice in self._leaders)
-        completion = sum(choice.num_tokens for choice in self.choices)
+        completion = sum(choice.num_tokens for choice in self.choices) - untold
         details = {"cached_tokens": sum(choice.num_cached_tokens for choice in self._leaders)}
         if block := self._service.model.cache_block_size:
             details["created_cache_tokens"] = sum(

@@ -252,7 +252,7 @@ def max_tokens(
             "max_tokens",
         )
     room = max_model_len - num_prompt_tokens
-    length = min(_first(requested, room), _first(default, room), room)
+    length = min(int(_first(requested, room)), int(_first(default, room)), room)
     if min_tokens > length:
         raise BadRequestError(
             f"min_tokens must be less than or equal to max_tokens={length}, got {min_tokens}.", "min_tokens"
@@ -278,10 +278,12 @@ def _first(*values: Any) -> Any:
 
 
 def _logit_bias(bias: Mapping[str, float], vocab_size: int) -> list[tuple[int, float]]:
-    try:
-        pairs = [(int(token), min(max(value, -100.0), 100.0)) for token, value in bias.items()]
-    except ValueError:
-        raise BadRequestError("logit_bias: the keys must be token ids.", "logit_bias") from None
+    wrong = [key for key in bias if len(key) > 20 or not key.removeprefix("-").isdecimal()]
+    if wrong:
+        raise BadRequestError(
+            f"logit_bias: the keys must be token ids, got {', '.join(wrong[:10])[:500]}.", "logit_bias"
+        )
+    pairs = [(int(token), min(max(value, -100.0), 100.0)) for token, value in bias.items()]
     _check_vocabulary([token for token, _ in pairs], vocab_size, "logit_bias")
     return pairs
 

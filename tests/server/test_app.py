@@ -53,7 +53,7 @@ REFUSED: list[tuple[str, dict[str, Any], str | None, str]] = [
             ({"min_tokens": -1}, "min_tokens", "must be greater than or equal to 0"),
             ({"min_tokens": 9, "max_tokens": 8}, "min_tokens", "less than or equal to max_tokens=8"),
             ({"seed": 2**63}, "seed", "64-bit"),
-            ({"logit_bias": {"x": 1}}, "logit_bias", "token ids"),
+            ({"logit_bias": {"x": 1, "1": 1, "y": 1}}, "logit_bias", "token ids, got x, y"),
             ({"logit_bias": {str(i): 1 for i in range(1025)}}, "logit_bias", "at most 1024"),
             ({"stop": ["a"] * 65}, "stop", "at most 64"),
             ({"stop_token_ids": [1] * 1025}, "stop_token_ids", "at most 1024"),

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -117,8 +118,15 @@ async def test_continuous_usage_counts_up(server: Server) -> None:
     options = {"include_usage": True, "continuous_usage_stats": True}
     events = sse_data((await server.chat(stream=True, stream_options=options)).text)
     counts = [json.loads(event)["usage"]["completion_tokens"] for event in events[:-1]]
-    assert counts == sorted(counts)
-    assert 1 <= counts[0] < counts[-1] == 12
+    *counts, last, of_usage_chunk = counts
+    assert counts[0] == 0, "the role is not a token"
+    assert all(before < after for before, after in pairwise([*counts, last]))
+    assert last == of_usage_chunk == 12
+
+
+async def test_continuous_usage_is_part_of_the_usage(server: Server) -> None:
+    options = {"include_usage": False, "continuous_usage_stats": True}
+    assert "usage" not in (await server.chat(stream=True, stream_options=options)).text
 
 
 async def test_prompt_is_the_rendered_template_without_further_special_tokens(server: Server) -> None:

@@ -10,8 +10,14 @@ from hypothesis import strategies as st
 
 from langchain_vllm_server.errors import BadRequestError, CheckpointError, RequestError
 from langchain_vllm_server.protocol import ChatCompletionRequest, CompletionRequest, decode
-from langchain_vllm_server.sampling import MAX_N, model_defaults, resolve
+from langchain_vllm_server.sampling import MAX_N, model_defaults, parameters, resolve
+from langchain_vllm_server.served_model import ServedModel
+from tests.server.fakes import byte_tokenizer
 
+TOKENIZER = byte_tokenizer()
+MODEL = ServedModel(
+    names=("tiny",), root="", version="1", tokenizer=TOKENIZER, vocab_size=TOKENIZER.vocab_size, max_model_len=256
+)
 FIELDS = list(CompletionRequest.__struct_fields__)
 
 
@@ -46,7 +52,8 @@ json_values = st.recursive(
 def test_any_json_is_decoded_or_refused(body: dict[str, Any]) -> None:
     for type_ in (CompletionRequest, ChatCompletionRequest):
         with suppress(RequestError):
-            assert resolve(decode(json.dumps(body).encode(), type_), {}, vocab_size=100).top_k <= 100
+            request = decode(json.dumps(body).encode(), type_)
+            assert parameters(request, MODEL, request.prompt_logprobs).top_k <= MODEL.vocab_size
 
 
 @given(st.binary(max_size=50))
