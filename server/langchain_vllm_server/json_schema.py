@@ -59,7 +59,7 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "uniqueItems": (False,),
 }
 
-_QUOTED = ("$ref", "format", "pattern", "type")  # keywords whose value llguidance repeats in its errors
+_QUOTED = ("$ref", "format", "pattern")  # keywords whose value llguidance repeats in its errors
 
 # Those that llguidance enforces, and those that name how a text is shown or stored: nothing to enforce.
 _FORMATS = frozenset({"date", "date-time", "duration", "email", "hostname", "ipv4", "ipv6", "time", "uri", "uuid"})
@@ -134,7 +134,25 @@ def checked(schema: Any, param: str) -> dict[str, Any]:
     own_names = any("$id" in part for _, part in subschemas(schema))
     for path, part in subschemas(schema):
         _check(path, part, param, own_names=own_names)
-    return _rewritten(schema, _without_neutral)
+    schema = _rewritten(schema, _without_neutral)
+    return schema if own_names else _rewritten(schema, partial(_with_alternatives, schema))
+
+
+def _with_alternatives(root: dict[str, Any], part: dict[str, Any]) -> dict[str, Any]:
+    """The alternatives of a oneOf in place of references: llguidance has to see that they exclude each other."""
+    if not isinstance(part.get("oneOf"), list):
+        return part
+    return {**part, "oneOf": [_resolved(root, alternative) for alternative in part["oneOf"]]}
+
+
+def _resolved(root: dict[str, Any], part: Any) -> Any:
+    """What a part that is a reference and no more refers to; the part itself where that leads nowhere."""
+    target: Any = root
+    if not isinstance(part, dict) or part.keys() != {"$ref"} or not str(part["$ref"]).startswith("#/"):
+        return part
+    for name in part["$ref"][2:].split("/"):
+        target = target.get(name.replace("~1", "/").replace("~0", "~")) if isinstance(target, dict) else None
+    return target if isinstance(target, dict) else part
 
 
 def _check(path: str, part: dict[str, Any], param: str, *, own_names: bool) -> None:
@@ -212,8 +230,12 @@ def _bounded(part: dict[str, Any]) -> dict[str, Any]:
 def blame(schema: dict[str, Any], message: str) -> str:
     """The path of what an error of llguidance is about, as far as its message tells; else "$"."""
     for path, part in subschemas(schema):
+        if message.startswith("min/maxProperties") and part.keys() & {"minProperties", "maxProperties"}:
+            return f"{path}.{min(part.keys() & {'minProperties', 'maxProperties'})}"
         for keyword, value in part.items():
             if keyword in _QUOTED and isinstance(value, str) and value.strip("#") and value.strip("#") in message:
+                return f"{path}.{keyword}"
+            if keyword == "type" and message == f"Invalid type: {value}":
                 return f"{path}.{keyword}"
             if f'"{keyword}"' in message or f"'{keyword}'" in message or message.startswith(f"{keyword} "):
                 return f"{path}.{keyword}"

@@ -1,0 +1,71 @@
+"""JSON schemas: what is accepted holds for every answer of a model that knows nothing of JSON; the rest is named."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from jsonschema import Draft202012Validator
+from jsonschema.validators import validator_for
+
+from langchain_vllm_server import json_schema
+from langchain_vllm_server.errors import BadRequestError
+from langchain_vllm_server.structured import GrammarCompiler
+from tests.engines import running_engine
+from tests.parity.test_tiny_models import make_llama
+from tests.server.fakes import EOS, byte_tokenizer
+from tests.server.schemas import REFUSED, accepted
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+TOKENIZER = byte_tokenizer()
+END = TOKENIZER.token_id(EOS)
+# What ends strings, lists and objects is a little likelier, so that random answers end.
+BIAS = [(TOKENIZER.encode(char)[0], 4.0) for char in '"]}']
+
+
+@pytest.fixture(scope="module")
+def compiler() -> Any:
+    return SimpleNamespace(
+        compiler=GrammarCompiler(), tokenizer=TOKENIZER, vocab_size=TOKENIZER.vocab_size, eos_token_ids=(END,)
+    )
+
+
+def is_valid(schema: Any, text: str) -> bool:
+    validator = validator_for(schema, default=Draft202012Validator)
+    return validator(schema, format_checker=validator.FORMAT_CHECKER).is_valid(json.loads(text))
+
+
+async def test_every_finished_answer_is_valid(compiler: Any, tmp_path: Path) -> None:
+    make_llama(tmp_path, vocab_size=TOKENIZER.vocab_size, max_position_embeddings=1024)
+    options = {"max_model_len": 600, "memory_bytes": 64 << 20, "max_num_seqs": 64}
+    with running_engine(tmp_path, **options) as client:
+        ids = {}
+        for number, schema in enumerate(accepted()):
+            constraint = await compiler.compiler.compile(json_schema.grammar(schema, "json"), compiler, "json")
+            for seed in range(4):
+                sampled = {"temperature": 1.0, "seed": seed, "logit_bias": BIAS if seed else []}
+                ends = {"max_tokens": 400, "stop_token_ids": [END]}
+                ids[client.submit([number % 200, seed], constraint.fork(), **sampled, **ends)] = schema
+        client.wait()
+        finished = set()
+        for request_id, schema in ids.items():
+            result = client.results[request_id]
+            assert result.finish in ("stop", "length"), (schema, result.error)
+            if result.finish == "stop":
+                finished.add(json.dumps(schema))
+                text = TOKENIZER.decode(result.tokens)
+                assert is_valid(schema, text), (schema, text)
+    unfinished = [schema for schema in accepted() if json.dumps(schema) not in finished]
+    assert len(unfinished) <= 3, unfinished
+
+
+@pytest.mark.parametrize(("schema", "path"), REFUSED, ids=lambda v: json.dumps(v)[:40])
+async def test_what_cannot_be_enforced_is_named(compiler: Any, schema: Any, path: str) -> None:
+    with pytest.raises(BadRequestError) as refused:
+        await compiler.compiler.compile(json_schema.grammar(schema, "the_field"), compiler, "the_field")
+    assert refused.value.param == "the_field"
+    assert refused.value.message.startswith(f"the_field: {path}: ") or path in refused.value.message.split(": ", 1)[1]
