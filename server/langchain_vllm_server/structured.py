@@ -76,7 +76,8 @@ class Grammar:
     @classmethod
     def from_choice(cls, choices: Sequence[str]) -> Grammar:
         """One of some texts."""
-        return cls.from_lark("start: " + " | ".join(map(lark_string, choices)))
+        # A terminal, not a rule: the lexer takes thousands of alternatives, the parser a limited number.
+        return cls.from_lark("start: CHOICE\nCHOICE: " + " | ".join(map(lark_string, choices)))
 
     def within(self, lark: str) -> Grammar:
         """A grammar in Lark in which `@answer` stands for this one: what comes before and after it."""
@@ -135,10 +136,11 @@ class GrammarCompiler:
                 f"{param}: the grammar has {len(grammar.source)} bytes; at most {MAX_GRAMMAR_BYTES} are compiled.",
                 param,
             )
-        work = asyncio.get_running_loop().run_in_executor(self._executor, self._build, grammar, model)
+        loop = asyncio.get_running_loop()
         try:
+            tokenizer = await loop.run_in_executor(self._executor, self._read_tokens, model)
             async with asyncio.timeout(COMPILE_SECONDS):
-                return await work
+                return await loop.run_in_executor(self._executor, _build, tokenizer, grammar)
         except TimeoutError:
             raise BadRequestError(
                 f"{param}: the grammar takes longer than {COMPILE_SECONDS:.0f} s to compile; make it smaller.", param
@@ -147,16 +149,20 @@ class GrammarCompiler:
             where = "" if grammar.locate is None else grammar.locate(str(error)) + ": "
             raise BadRequestError(f"{param}: {where}{error}", param) from None
 
-    def _build(self, grammar: Grammar, model: ServedModel) -> MatcherConstraint:
+    def _read_tokens(self, model: ServedModel) -> LLTokenizer:
         if self._tokenizer is None:
             self._tokenizer = _tokenizer(model)
-        whole = MatcherConstraint.start(self._tokenizer, grammar.source)
-        if grammar.narrower is None:
-            return whole
-        try:
-            return MatcherConstraint.start(self._tokenizer, grammar.narrower)
-        except ConstraintError:
-            return whole
+        return self._tokenizer
+
+
+def _build(tokenizer: LLTokenizer, grammar: Grammar) -> MatcherConstraint:
+    whole = MatcherConstraint.start(tokenizer, grammar.source)
+    if grammar.narrower is None:
+        return whole
+    try:
+        return MatcherConstraint.start(tokenizer, grammar.narrower)
+    except ConstraintError:
+        return whole
 
 
 class MatcherConstraint:

@@ -264,3 +264,12 @@ async def test_a_model_without_an_end_cannot_be_constrained() -> None:
         response = await server.chat(structured_outputs={"choice": ["b"]})
     assert response.status_code == 400
     assert "no end-of-sequence token" in response.json()["error"]["message"]
+
+
+async def test_thousands_of_choices_some_of_which_begin_others() -> None:
+    choices = [f"choice {i}" for i in range(5000)]
+    async with running("choice 41") as server:
+        short = await server.chat(temperature=0, structured_outputs={"choice": choices})
+    async with running("choice 4171, I think") as server:
+        long = await server.chat(temperature=0, structured_outputs={"choice": choices})
+    assert (text_of(short.json()), text_of(long.json())) == ("choice 41", "choice 4171")
