@@ -154,9 +154,10 @@ void Sampler::sample_row(std::span<float> logits, const SamplingRow& row, Scratc
   out.token = draw(logits, row, scratch);
   out.logprobs.clear();
   if (params.num_logprobs < 0) return;
-  out.logprobs = params.logprob_token_ids.empty()
-                     ? logprobs(scratch.raw, out.token, params.num_logprobs, scratch)
-                     : logprobs(scratch.raw, out.token, params.logprob_token_ids, scratch);
+  if (params.logprob_token_ids.empty())
+    out.logprobs = logprobs(scratch.raw, out.token, params.num_logprobs, scratch);
+  else
+    out.logprobs = named_logprobs(scratch.raw, out.token, params.logprob_token_ids, scratch);
 }
 
 void Sampler::score(float* logits, int vocab, std::span<const ScoringRow> rows,
@@ -299,6 +300,14 @@ TokenLogprobs Sampler::logprobs(std::span<const float> raw, int32_t token, int32
         i > 1 && raw[static_cast<size_t>(out[i].token)] == raw[static_cast<size_t>(out[i - 1].token)];
     out[i].rank = equal ? out[i - 1].rank : static_cast<int32_t>(i);
   }
+  return out;
+}
+
+// The token's, then those of the named ones, of which the token itself is one, the first if it was not named.
+TokenLogprobs Sampler::named_logprobs(std::span<const float> raw, int32_t token,
+                                      std::span<const int32_t> named, Scratch& scratch) const {
+  TokenLogprobs out = logprobs(raw, token, named, scratch);
+  if (std::ranges::find(named, token) == named.end()) out.insert(out.begin(), out[0]);
   return out;
 }
 

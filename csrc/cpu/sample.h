@@ -45,6 +45,8 @@ class Sampler {
   TokenLogprobs logprobs(std::span<const float> raw, int32_t token, int32_t num_top, Scratch& scratch) const;
   TokenLogprobs logprobs(std::span<const float> raw, int32_t token, std::span<const int32_t> others,
                          Scratch& scratch) const;
+  TokenLogprobs named_logprobs(std::span<const float> raw, int32_t token, std::span<const int32_t> named,
+                               Scratch& scratch) const;
   static void restrict(std::span<float> logits, const SamplingRow& row, std::vector<float>& allowed);
   static void penalize(std::span<float> logits, const SamplingRow& row, std::vector<int32_t>& counts);
   static void keep_top_p(float top_p, Scratch& scratch);

@@ -57,7 +57,7 @@ class ChatAnswer:
         self._role = request.messages[-1].role if continues else service.model.response_role
         self._wants_logprobs = request.logprobs
         self._scores_prompt = request.prompt_logprobs is not None
-        self._logprobs = LogprobFormat(service.model.tokenizer, as_token_ids=request.return_tokens_as_token_ids)
+        self._logprobs = LogprobFormat(service.model, request)
         self._returns_ids = request.return_token_ids
         self._echo = _echoed(request, self._role) if request.echo else ""
         self._begun: set[int] = set()

@@ -60,7 +60,7 @@ class TextAnswer:
         self._request = request
         self._prompts = prompts
         self._wants_logprobs = request.logprobs is not None
-        self._logprobs = LogprobFormat(service.model.tokenizer, as_token_ids=request.return_tokens_as_token_ids)
+        self._logprobs = LogprobFormat(service.model, request)
         self._offsets: dict[int, int] = {}  # choice → characters of the tokens told so far
         self._begun: set[int] = set()
 

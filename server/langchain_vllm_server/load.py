@@ -111,6 +111,7 @@ def served_model(settings: Settings, checkpoint: Checkpoint, max_model_len: int)
         content_format="string" if source is None else content_format(source),
         sampling_defaults=sampling_defaults(settings, checkpoint.generation_config),
         max_logprobs=settings.max_logprobs,
+        return_tokens_as_token_ids=settings.return_tokens_as_token_ids,
         priority_scheduling=settings.scheduling_policy == "priority",
         trust_request_chat_template=settings.trust_request_chat_template,
         force_include_usage=settings.enable_force_include_usage,

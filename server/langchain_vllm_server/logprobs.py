@@ -8,7 +8,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from langchain_vllm_server.generation import TokenLogprobs
-    from langchain_vllm_server.tokenizer import Tokenizer
+    from langchain_vllm_server.protocol import GenerationRequest
+    from langchain_vllm_server.served_model import ServedModel
 
 _FLOOR = -9999.0  # JSON has no -inf
 
@@ -16,9 +17,10 @@ _FLOOR = -9999.0  # JSON has no -inf
 class LogprobFormat:
     """Spells tokens out: as text, or as `token_id:N` where the text of a token does not tell it apart from others."""
 
-    def __init__(self, tokenizer: Tokenizer, *, as_token_ids: bool) -> None:
-        self._tokenizer = tokenizer
-        self._as_token_ids = as_token_ids
+    def __init__(self, model: ServedModel, request: GenerationRequest) -> None:
+        given = request.return_tokens_as_token_ids
+        self._tokenizer = model.tokenizer
+        self._as_token_ids = model.return_tokens_as_token_ids if given is None else given
 
     def chat(self, tokens: Sequence[TokenLogprobs]) -> dict[str, Any]:
         """`logprobs` of a chat choice."""

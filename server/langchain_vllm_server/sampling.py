@@ -136,6 +136,11 @@ def parameters(
     sampling.num_prompt_logprobs = _count_logprobs(request.prompt_logprobs, model, "prompt_logprobs")
     if request.logprob_token_ids is not None and num_logprobs is None:
         raise BadRequestError("when using `logprob_token_ids`, `logprobs` must be set.", "logprob_token_ids")
+    if request.logprob_token_ids and request.only_scores:
+        raise BadRequestError(
+            "`logprob_token_ids` are of the answer's tokens, and with max_tokens=0 no output tokens are generated.",
+            "logprob_token_ids",
+        )
     sampling.bad_words = [ids for word in request.bad_words for ids in _spellings(word, model.tokenizer)]
     return sampling
 
@@ -191,7 +196,7 @@ def resolve(
         num_logprobs=num_logprobs,
         min_tokens=request.min_tokens,
         allowed_token_ids=list(dict.fromkeys(request.allowed_token_ids or [])),
-        logprob_token_ids=request.logprob_token_ids or [],
+        logprob_token_ids=list(dict.fromkeys(request.logprob_token_ids or [])),
         repetition_detection=_repetition(request.repetition_detection),
         priority=request.priority,
         cache_salt=request.cache_salt or "",

@@ -35,6 +35,7 @@ class ServedModel:
     content_format: str = "string"  # what the template takes as a message's content: "string" or "openai" (parts)
     sampling_defaults: Mapping[str, Any] = field(default_factory=dict)
     max_logprobs: int = 20
+    return_tokens_as_token_ids: bool = False
     priority_scheduling: bool = False
     trust_request_chat_template: bool = False
     force_include_usage: bool = False

@@ -63,6 +63,7 @@ class Settings:
     trust_request_chat_template: bool = False
     scheduling_policy: str = "fcfs"
     stream_interval: int = 1  # tokens
+    return_tokens_as_token_ids: bool = False
     enable_force_include_usage: bool = False
 
     dtype: str = "auto"
@@ -218,6 +219,9 @@ def _add_requests(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--stream-interval", type=_integer(1), default=1, metavar="TOKENS", help="from chunk to chunk of a stream"
+    )
+    group.add_argument(
+        "--return-tokens-as-token-ids", action="store_true", help="name the tokens of log-probabilities token_id:N"
     )
     group.add_argument(
         "--enable-force-include-usage", action="store_true", help="tell the usage in every chunk of every stream"

@@ -266,6 +266,8 @@ def test_logprobs_of_named_tokens_take_the_place_of_the_greatest() -> None:
     _, everything = sample(logits, {"temperature": 0.0, "num_logprobs": 4}, [0], 1)
     by_token = {token: value for token, value, _ in everything}
     assert [(token, value) for token, value, _ in logprobs] == [(t, by_token[t]) for t in (0, 3, 0, 1)]
+    _, logprobs = sample(logits, params | {"logprob_token_ids": [2]}, [0], 1)
+    assert [token for token, _, _ in logprobs] == [0, 0, 2], "the chosen one is among them"
 
 
 def test_bad_words_look_at_the_output_alone() -> None:

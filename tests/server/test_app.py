@@ -103,6 +103,7 @@ REFUSED: list[tuple[str, dict[str, Any], str | None, str]] = [
     (TEXT, {"prompt": ""}, "prompt", "Either prompt or prompt_embeds must be provided and non-empty."),
     (TEXT, {"prompt": [10**6]}, "prompt", "out of vocabulary"),
     (TEXT, {"prompt": "Hi", "truncate_prompt_tokens": 0}, "prompt", "non-empty"),
+    (TEXT, {"echo": True, "max_tokens": 0, "logprobs": 1, "logprob_token_ids": [1]}, "logprob_token_ids", "no output"),
     (TEXT, {"use_beam_search": True, "stream": True}, "stream", "Beam search cannot be streamed"),
     (TEXT, {"use_beam_search": True, "echo": True}, "echo", "`use_beam_search`"),
     (TEXT, {"logprobs": 21}, "logprobs", "Requested sample logprobs of 21, which is greater than max allowed: 20"),

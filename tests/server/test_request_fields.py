@@ -169,6 +169,16 @@ async def test_streams_tell_of_the_prompt_once(server: Server) -> None:
     assert told == [*ids("Hello world"), server.model.eos_token_ids[0]]
 
 
+async def test_tokens_are_named_by_their_ids_as_the_server_or_the_request_says() -> None:
+    async with running(return_tokens_as_token_ids=True) as server:
+        by_server = (await server.complete(logprobs=0, max_tokens=1)).json()["choices"][0]["logprobs"]["tokens"]
+        body = {"return_tokens_as_token_ids": False}
+        by_request = (await server.complete(logprobs=0, max_tokens=1, **body)).json()["choices"][0]["logprobs"][
+            "tokens"
+        ]
+    assert (by_server, by_request) == ([f"token_id:{ids('H')[0]}"], ["H"])
+
+
 # Cuts.
 
 
