@@ -30,7 +30,8 @@ __all__ = ["Constraint", "ConstraintError", "Grammar", "GrammarCompiler", "MaskT
 
 MAX_GRAMMAR_BYTES = 1 << 18
 COMPILE_SECONDS = 10.0
-_CACHED_GRAMMARS = 128
+_CACHED_GRAMMARS = 64
+_MAX_LEXER_STATES = 100_000  # of a grammar, 1 to 2 kB each; they are found as answers need them
 _MAX_MESSAGE = 500  # characters of llguidance's explanation that an answer repeats
 _NO_TEXT = "no text satisfies it"
 _DEAD_ENDS = frozenset({"NoExtension", "NoExtensionBias"})  # llguidance's stop reasons
@@ -177,7 +178,8 @@ class MatcherConstraint:
         """At the beginning. Raises ConstraintError for a grammar that is wrong or that no text satisfies."""
         from llguidance import LLMatcher, LLParserLimits
 
-        matcher = LLMatcher(tokenizer, source, log_level=0, limits=LLParserLimits(verbose_errors=False))
+        limits = LLParserLimits(max_lexer_states=_MAX_LEXER_STATES, verbose_errors=False)
+        matcher = LLMatcher(tokenizer, source, log_level=0, limits=limits)
         constraint = cls(matcher, tokenizer)
         constraint._check()
         if warnings := matcher.get_grammar_warnings():
