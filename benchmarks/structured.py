@@ -1,7 +1,7 @@
 """What constraints cost: free text, the same text under a grammar that allows anything, and JSON, side by side.
 
-`python -m benchmarks.structured [--rounds 5] [--model MODEL]`. The kinds take turns, so that whatever else the machine does
-hits all of them; the ratio inside a line is what counts.
+`python -m benchmarks.structured [--rounds 5] [--model MODEL]`. The kinds take turns, so that whatever else the machine
+does hits all of them; the ratio inside a line is what counts.
 """
 
 from __future__ import annotations
