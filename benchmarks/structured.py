@@ -64,9 +64,8 @@ def main() -> None:
             for kind in KINDS:
                 rates = [one[kind] for one in rounds]
                 ratio = statistics.median(rate / other for rate, other in zip(rates, free, strict=True))
-                print(
-                    f"{concurrency} at once  {kind:10}{statistics.median(rates):8.0f} tokens/s  {ratio:.2f} of free text"
-                )
+                rate = statistics.median(rates)
+                print(f"{concurrency} at once  {kind:10}{rate:8.0f} tokens/s  {ratio:.2f} of free text")
 
 
 if __name__ == "__main__":
