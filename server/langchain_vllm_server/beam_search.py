@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from langchain_vllm_server.errors import BadRequestError, EngineError
+from langchain_vllm_server.protocol import CompletionRequest
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -28,8 +29,8 @@ MAX_BEAMS = 64
 # What changes the distribution that tokens are drawn from, or has no place in a search, with what asks for nothing.
 # Beams are ranked by the model's own probabilities.
 _WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
+    "presence_penalty": (None, 0),
+    "frequency_penalty": (None, 0),
     "repetition_penalty": (None, 1),
     "logit_bias": (None, {}),
     "allowed_token_ids": (None,),
@@ -47,8 +48,16 @@ def check(request: GenerationRequest) -> None:
             raise BadRequestError(f"`{name}` has no effect on beam search; leave one of them out.", name)
     if request.n > MAX_BEAMS:
         raise BadRequestError(f"n must be at most {MAX_BEAMS} with `use_beam_search`, got {request.n}.", "n")
-    if request.echo:
-        raise BadRequestError("`echo` does not go together with `use_beam_search`; leave one of them out.", "echo")
+    if (
+        isinstance(request, CompletionRequest)
+        and request.echo
+        and (request.only_scores or request.logprobs is not None)
+    ):
+        raise BadRequestError(
+            "Scores of the prompt (`echo` with `logprobs` or max_tokens=0) are not supported with beam search; leave "
+            "`use_beam_search` out.",
+            "echo",
+        )
 
 
 @dataclass(frozen=True, slots=True)

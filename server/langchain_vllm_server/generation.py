@@ -162,6 +162,8 @@ class Choice:
         self.finish_reason = delta.finish_reason = event.finish
         if stop_token in self._stop_token_ids:
             delta.stop_reason = stop_token
+        elif event.finish == "repetition":
+            delta.stop_reason = "repetition_detected"  # vLLM's word
 
     def _tick(self, event: Event) -> None:
         clock = self.clock

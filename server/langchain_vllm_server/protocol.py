@@ -28,7 +28,7 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "media_io_kwargs": ({},),
     "mm_processor_kwargs": ({},),
     "modalities": (["text"],),
-    "prompt_embeds": (),
+    "prompt_embeds": ([],),
     "suffix": ("",),
     "thinking_token_budget": (-1,),
     "vllm_xargs": ({},),
@@ -107,8 +107,8 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
     top_p: float | None = None
     top_k: int | None = None
     min_p: float | None = None
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
     repetition_penalty: float | None = None
     logit_bias: dict[str, float] | None = None
     seed: int | None = None

@@ -21,7 +21,15 @@ MAX_PATTERN = 1024  # tokens; the engine compares every token with so many befor
 MIN_TEMPERATURE = 0.01  # vLLM raises smaller ones: dividing logits by less overflows
 
 # A generation_config.json may set these; a request's own value wins.
-_DEFAULTS: dict[str, float] = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
+_DEFAULTS: dict[str, float] = {
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "top_k": 0,
+    "min_p": 0.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+    "repetition_penalty": 1.0,
+}
 
 _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("n", lambda v: v >= 1, "must be at least 1"),
@@ -160,7 +168,9 @@ def _spellings(word: str, tokenizer: Tokenizer) -> list[list[int]]:
         spelled = [tokenizer.encode(prefix + word.lstrip(), add_special_tokens=False) for prefix in ("", " ")]
     except ValueError as error:
         raise BadRequestError(f"bad_words: {error}", "bad_words") from None
-    return [ids for i, ids in enumerate(spelled) if ids and ids not in spelled[:i]]
+    if not all(spelled):
+        raise BadRequestError(f"bad_words must tokenize to at least one token, {word[:100]!r} has none.", "bad_words")
+    return [ids for i, ids in enumerate(spelled) if ids not in spelled[:i]]
 
 
 def resolve(
@@ -189,8 +199,8 @@ def resolve(
         top_p=chosen["top_p"],
         min_p=chosen["min_p"],
         top_k=min(max(int(chosen["top_k"]), 0), vocab_size),
-        presence_penalty=request.presence_penalty,
-        frequency_penalty=request.frequency_penalty,
+        presence_penalty=chosen["presence_penalty"],
+        frequency_penalty=chosen["frequency_penalty"],
         repetition_penalty=chosen["repetition_penalty"],
         logit_bias=_logit_bias(request.logit_bias or {}, vocab_size),
         num_logprobs=num_logprobs,

@@ -107,6 +107,11 @@ async def test_the_answer_over_http(server: Server) -> None:
     assert len(server.fake.submitted) == 2 * (1 + 2 + 2)
 
 
+async def test_echo_goes_before_every_beam(server: Server) -> None:
+    answer = (await server.complete("Hi", use_beam_search=True, n=2, max_tokens=1, echo=True)).json()
+    assert [choice["text"] for choice in answer["choices"]] == ["HiH", "HiI"]
+
+
 async def test_chat_streams_the_best_when_it_is_found(server: Server) -> None:
     response = await server.chat(use_beam_search=True, max_tokens=2, stream=True)
     assert '"content":"HH"' in response.text

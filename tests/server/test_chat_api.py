@@ -157,15 +157,18 @@ async def test_max_tokens_beyond_the_remaining_context_is_clamped(server: Server
 
 async def test_generation_config_gives_the_defaults_and_requests_override_them() -> None:
     defaults = {"temperature": 0.5, "top_k": 7, "top_p": 0.9, "repetition_penalty": 1.1, "max_new_tokens": 4}
+    defaults |= {"presence_penalty": 0.3, "frequency_penalty": 0.4}
     async with running(sampling_defaults=defaults) as server:
         assert (await server.chat()).json()["choices"][0]["message"]["content"] == "Hell"
-        await server.chat(temperature=0, top_k=-1, max_tokens=2)
+        await server.chat(temperature=0, top_k=-1, max_tokens=2, presence_penalty=0)
         assert (await server.chat(max_tokens=9)).json()["usage"]["completion_tokens"] == 4, (
             "max_new_tokens is a limit too"
         )
     given, overridden, _ = (request.params for request in server.fake.submitted)
     assert (given.temperature, given.top_k, given.top_p, given.repetition_penalty) == (0.5, 7, 0.9, 1.1)
+    assert (given.presence_penalty, given.frequency_penalty) == (0.3, 0.4)
     assert (overridden.temperature, overridden.top_k, overridden.max_tokens) == (0, 0, 2)
+    assert (overridden.presence_penalty, overridden.frequency_penalty) == (0, 0.4)
 
 
 async def test_every_sampling_field_reaches_the_engine() -> None:

@@ -279,7 +279,7 @@ async def test_a_template_in_the_request(path: str) -> None:
 async def test_repetition_is_a_reason_to_finish(server: Server) -> None:
     server.fake.finish_reasons = {"length": "repetition"}
     choice = (await server.complete(max_tokens=3)).json()["choices"][0]
-    assert choice["finish_reason"] == "repetition"
+    assert (choice["finish_reason"], choice["stop_reason"]) == ("repetition", "repetition_detected")
     assert 'finished_reason="repetition"' in (await server.client.get("/metrics")).text
 
 
