@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import random
+from typing import TYPE_CHECKING
 
 import pytest
 from langchain_vllm_server._engine_test import KV_BLOCK_SIZE as BLOCK
 from langchain_vllm_server._engine_test import InvariantError, Scheduler
 
 from tests.engine.fake_model import VOCAB, FakeEngine, num_blocks_for, sampling
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from langchain_vllm_server._engine_test import ScheduledSequence
 
 
 def random_tokens(count: int, seed: int = 0) -> list[int]:
@@ -392,6 +398,35 @@ def test_lower_priority_numbers_are_admitted_first_and_ties_in_order_of_arrival(
     while scheduler.busy:
         order += run_ids(scheduler)
     assert order == [5, 5, 2, 2, 0, 0, 4, 4, 1, 1, 3, 3]
+
+
+class UrgentFirst(FakeEngine):
+    """Without the promises about the order of arrival: here, whoever is more urgent comes first."""
+
+    def _check_step(self, step: Sequence[ScheduledSequence], _answers: int) -> None:
+        assert 0 < sum(s.num_tokens for s in step) <= self.budget
+        assert len({s.id for s in step}) == len(step)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_random_priorities_on_a_small_cache(seed: int) -> None:
+    rng = random.Random(seed)
+    engine = UrgentFirst(num_blocks=rng.randint(2, 12), max_num_seqs=rng.randint(1, 6), max_num_batched_tokens=48)
+    for _ in range(60):
+        length = rng.randint(1, engine.num_blocks * BLOCK - 1)
+        engine.submit(
+            random_tokens(length, seed=rng.randint(0, 3)),
+            max_tokens=rng.randint(0, engine.num_blocks * BLOCK - length),
+            priority=rng.randint(-2, 2),
+            num_prompt_logprobs=rng.choice([-1, 0]),
+        )
+        for _ in range(rng.randint(0, 4)):
+            if engine.scheduler.busy:
+                engine.step()
+        if engine.live and rng.random() < 0.2:
+            engine.cancel(rng.choice(engine.live))
+    engine.run()
+    assert_all_as_alone(engine)
 
 
 def test_the_last_by_priority_is_preempted_whenever_it_came() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import math
 import random
@@ -12,7 +13,7 @@ import pytest
 from langchain_vllm_server.beam_search import Search
 from langchain_vllm_server.protocol import CompletionRequest
 from langchain_vllm_server.sampling import Sampling
-from tests.server.fakes import Server, running
+from tests.server.fakes import Server, running, until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -116,6 +117,19 @@ async def test_chat_streams_the_best_when_it_is_found(server: Server) -> None:
     response = await server.chat(use_beam_search=True, max_tokens=2, stream=True)
     assert '"content":"HH"' in response.text
     assert response.text.endswith("data: [DONE]\n\n")
+
+
+async def test_a_search_that_nobody_waits_for_is_ended() -> None:
+    async with running(step_seconds=0.02) as server:
+        request = asyncio.ensure_future(server.complete(use_beam_search=True, n=3, max_tokens=200))
+        await until(lambda: len(server.fake.submitted) > 4)
+        request.cancel()
+        await asyncio.gather(request, return_exceptions=True)
+        await until(lambda: server.fake.stats().num_running == 0)
+        count = len(server.fake.submitted)
+        await asyncio.sleep(0.1)
+        assert len(server.fake.submitted) == count
+        assert server.fake.cancelled
 
 
 async def test_an_engine_that_gives_up_is_a_500() -> None:
