@@ -150,3 +150,19 @@ def test_bad_values_are_named(argv: list[str], complaint: str, capsys: pytest.Ca
         parse_settings(argv)
     assert exit_.value.code == 2
     assert complaint in capsys.readouterr().err
+
+
+def test_what_requests_may_ask_for() -> None:
+    flags = ["--trust-request-chat-template", "--enable-force-include-usage", "--return-tokens-as-token-ids"]
+    settings = parse_settings([*flags, "--scheduling-policy", "priority", "--stream-interval", "8"])
+    assert (settings.scheduling_policy, settings.stream_interval) == ("priority", 8)
+    assert settings.trust_request_chat_template
+    assert settings.enable_force_include_usage
+    assert settings.return_tokens_as_token_ids
+    assert parse_settings([]).scheduling_policy == "fcfs"
+
+
+@pytest.mark.parametrize("argv", [["--scheduling-policy", "random"], ["--stream-interval", "0"]])
+def test_what_requests_may_not_ask_for(argv: list[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse_settings(argv)
