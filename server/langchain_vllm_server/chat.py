@@ -42,7 +42,7 @@ async def create_chat_completion(
         head = {"id": answer.id, "object": "chat.completion.chunk", "created": answer.created, "model": answer.model}
         return ChunkStream(generation, request, head, model, answer.chunk_entries, told).response()
     with closing(generation):
-        return answer.whole(generation, await generation.collect()) | told
+        return await generation.whole(answer.whole) | told
 
 
 class ChatAnswer:

@@ -56,7 +56,8 @@ class ChunkStream:
 
     async def _chunks(self) -> AsyncIterator[bytes]:
         try:
-            async for news in self._generation.spaced_deltas(self._interval):
+            generation, interval = self._generation, self._interval
+            async for news in generation.deltas() if interval == 1 else generation.spaced_deltas(interval):
                 chunk = b"".join(self._events(choice, delta) for choice, delta in news)
                 if chunk:
                     yield chunk

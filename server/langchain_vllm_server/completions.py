@@ -44,7 +44,7 @@ async def create_completion(service: Service, request: CompletionRequest, reques
         head = {"id": answer.id, "object": "text_completion", "created": answer.created, "model": answer.model}
         return ChunkStream(generation, request, head, model, answer.chunk_entries).response()
     with closing(generation):
-        return answer.whole(generation, await generation.collect())
+        return await generation.whole(answer.whole)
 
 
 class TextAnswer:

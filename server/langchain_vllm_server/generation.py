@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from langchain_vllm_server.errors import BadRequestError, EngineError
 from langchain_vllm_server.sampling import max_tokens
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Sequence
+    from collections.abc import AsyncIterator, Callable, Sequence
 
     from langchain_vllm_server._engine import Event
     from langchain_vllm_server.async_engine import AsyncEngine, EventStream
@@ -128,8 +129,8 @@ class Choice:
         if self.finish_reason is not None:
             return
         self._tick(event)
-        if event.prompt_logprobs:
-            delta.prompt_logprobs = event.prompt_logprobs
+        if scored := event.prompt_logprobs:
+            delta.prompt_logprobs = scored
         logprobs = event.logprobs
         stop_token = event.tokens[-1] if event.finish == "stop" else None
         for position, token in enumerate(event.tokens):
@@ -227,6 +228,13 @@ class Generation:
             for index, event in events:
                 self._push(self.choices[index], event, whole[index])
         return whole
+
+    async def whole(self, form: Callable[[Generation, list[Delta]], dict[str, Any]]) -> dict[str, Any]:
+        """The answer that `form` makes of all of every choice; of scores, which are many, in a thread."""
+        deltas = await self.collect()
+        if any(delta.prompt_logprobs for delta in deltas):
+            return await asyncio.to_thread(form, self, deltas)
+        return form(self, deltas)
 
     def usage(self, untold: int = 0) -> dict[str, Any]:
         """Tokens so far, but for the last `untold` ones. A prompt counts once, however many choices it has."""
