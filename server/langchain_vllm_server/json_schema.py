@@ -134,6 +134,8 @@ def checked(schema: Any, param: str) -> dict[str, Any]:
     own_names = any("$id" in part for _, part in subschemas(schema))
     for path, part in subschemas(schema):
         _check(path, part, param, own_names=own_names)
+    if not own_names and (endless := _endless(schema)):
+        raise BadRequestError(f"{param}: {endless}: no finite value satisfies it: it always contains itself.", param)
     schema = _rewritten(schema, _without_neutral)
     return schema if own_names else _rewritten(schema, partial(_with_alternatives, schema))
 
@@ -147,12 +149,18 @@ def _with_alternatives(root: dict[str, Any], part: dict[str, Any]) -> dict[str, 
 
 def _resolved(root: dict[str, Any], part: Any) -> Any:
     """What a part that is a reference and no more refers to; the part itself where that leads nowhere."""
+    target = _target(root, part["$ref"]) if isinstance(part, dict) and part.keys() == {"$ref"} else None
+    return part if target is None else target
+
+
+def _target(root: dict[str, Any], ref: Any) -> dict[str, Any] | None:
+    """The part that a reference names by its path."""
     target: Any = root
-    if not isinstance(part, dict) or part.keys() != {"$ref"} or not str(part["$ref"]).startswith("#/"):
-        return part
-    for name in part["$ref"][2:].split("/"):
+    if not isinstance(ref, str) or not (ref == "#" or ref.startswith("#/")):
+        return None
+    for name in ref.split("/")[1:]:
         target = target.get(name.replace("~1", "/").replace("~0", "~")) if isinstance(target, dict) else None
-    return target if isinstance(target, dict) else part
+    return target if isinstance(target, dict) else None
 
 
 def _check(path: str, part: dict[str, Any], param: str, *, own_names: bool) -> None:
@@ -161,6 +169,13 @@ def _check(path: str, part: dict[str, Any], param: str, *, own_names: bool) -> N
             raise BadRequestError(
                 f"{param}: {path}.{keyword}: the keyword `{keyword}` cannot be enforced; leave it out.", param
             )
+    least, required = part.get("minProperties"), _list(part.get("required"))
+    if isinstance(least, int) and least > len(set(map(str, required))) + 1:
+        raise BadRequestError(
+            f"{param}: {path}.minProperties: of the properties that are not `required`, one can be enforced, not "
+            f"{least - len(required)}, for JSON may repeat a name; list them under `required`.",
+            param,
+        )
     found = part.get("format")
     if isinstance(found, str) and found not in _FORMATS | _SHOWN and _may_be_text(part):
         known = ", ".join(sorted(_FORMATS))
@@ -175,6 +190,35 @@ def _check(path: str, part: dict[str, Any], param: str, *, own_names: bool) -> N
             f"{param}: {path}.$ref: `{ref[:100]}` is not in the schema, and nothing is fetched; put it under `$defs`.",
             param,
         )
+
+
+def _endless(schema: dict[str, Any]) -> str:
+    """The path of a part that only an infinite value satisfies; "" if there is none."""
+    parts = list(subschemas(schema))
+    unknown = {id(part) for _, part in parts}
+    while new := {id(part) for _, part in parts if id(part) in unknown and _is_finite(schema, part, unknown)}:
+        unknown -= new
+    return next((path for path, part in parts if id(part) in unknown), "")
+
+
+def _is_finite(root: dict[str, Any], part: dict[str, Any], unknown: set[int]) -> bool:
+    """Whether a finite value satisfies a part, as far as is known of the parts it needs."""
+
+    def known(needed: Any) -> bool:
+        return id(needed) not in unknown
+
+    needed = [_target(root, part["$ref"]) if "$ref" in part else None, *_list(part.get("allOf"))]
+    if part.get("type") == "object" and isinstance(part.get("properties"), dict):
+        needed += [part["properties"].get(name) for name in _list(part.get("required")) if isinstance(name, str)]
+    if part.get("type") == "array" and isinstance(least := part.get("minItems"), int) and least > 0:
+        first = _list(part.get("prefixItems"))[:least]
+        needed += first if len(first) == least else [*first, part.get("items")]
+    alternatives = [found for key in ("anyOf", "oneOf") if (found := _list(part.get(key)))]
+    return all(map(known, needed)) and all(any(map(known, choice)) for choice in alternatives)
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def _without_neutral(part: dict[str, Any]) -> dict[str, Any]:

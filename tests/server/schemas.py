@@ -55,6 +55,10 @@ REFUSED: list[tuple[Any, str]] = [
     ({"type": "integer", "minimum": 5, "maximum": 4}, "$"),
     ({"allOf": [INTEGER, BOOLEAN]}, "$"),
     ({"$ref": "#"}, "$"),
+    (record(a={"$ref": "#"}), "$: no finite value"),
+    ({**record(False, a={"$ref": "#/$defs/x"}), "$defs": {"x": {"$ref": "#/$defs/x"}}}, "$.properties.a"),
+    ({"type": "array", "items": {"$ref": "#"}, "minItems": 1}, "$: no finite value"),
+    ({"type": "object", "minProperties": 2, "additionalProperties": INTEGER}, "$.minProperties"),
     (False, "must be an object, got false"),
     ([], "must be an object, got []"),
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from langchain_vllm_server.structured import GrammarCompiler
 from tests.engines import running_engine
 from tests.parity.test_tiny_models import make_llama
 from tests.server.fakes import EOS, byte_tokenizer
+from tests.server.random_schemas import SchemaMaker, random_answer
 from tests.server.schemas import REFUSED, accepted
 
 if TYPE_CHECKING:
@@ -28,7 +30,7 @@ BIAS = [(TOKENIZER.encode(char)[0], 4.0) for char in '"]}']
 
 
 @pytest.fixture(scope="module")
-def compiler() -> Any:
+def model() -> Any:
     return SimpleNamespace(
         compiler=GrammarCompiler(), tokenizer=TOKENIZER, vocab_size=TOKENIZER.vocab_size, eos_token_ids=(END,)
     )
@@ -39,13 +41,13 @@ def is_valid(schema: Any, text: str) -> bool:
     return validator(schema, format_checker=validator.FORMAT_CHECKER).is_valid(json.loads(text))
 
 
-async def test_every_finished_answer_is_valid(compiler: Any, tmp_path: Path) -> None:
+async def test_every_finished_answer_is_valid(model: Any, tmp_path: Path) -> None:
     make_llama(tmp_path, vocab_size=TOKENIZER.vocab_size, max_position_embeddings=1024)
     options = {"max_model_len": 600, "memory_bytes": 64 << 20, "max_num_seqs": 64}
     with running_engine(tmp_path, **options) as client:
         ids = {}
         for number, schema in enumerate(accepted()):
-            constraint = await compiler.compiler.compile(json_schema.grammar(schema, "json"), compiler, "json")
+            constraint = await model.compiler.compile(json_schema.grammar(schema, "json"), model, "json")
             for seed in range(4):
                 sampled = {"temperature": 1.0, "seed": seed, "logit_bias": BIAS if seed else []}
                 ends = {"max_tokens": 400, "stop_token_ids": [END]}
@@ -64,8 +66,30 @@ async def test_every_finished_answer_is_valid(compiler: Any, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(("schema", "path"), REFUSED, ids=lambda v: json.dumps(v)[:40])
-async def test_what_cannot_be_enforced_is_named(compiler: Any, schema: Any, path: str) -> None:
+async def test_what_cannot_be_enforced_is_named(model: Any, schema: Any, path: str) -> None:
     with pytest.raises(BadRequestError) as refused:
-        await compiler.compiler.compile(json_schema.grammar(schema, "the_field"), compiler, "the_field")
+        await model.compiler.compile(json_schema.grammar(schema, "the_field"), model, "the_field")
     assert refused.value.param == "the_field"
     assert refused.value.message.startswith(f"the_field: {path}: ") or path in refused.value.message.split(": ", 1)[1]
+
+
+@pytest.mark.parametrize("seed", range(10))
+async def test_random_schemas_are_enforced_or_refused(model: Any, seed: int) -> None:
+    """Whatever the combination of keywords: an answer that is over is valid, and few schemas are refused."""
+    rng = random.Random(seed)
+    likelier = [token for token, _ in BIAS]
+    refused = finished = 0
+    for _ in range(40):
+        schema = SchemaMaker(rng).document()
+        try:
+            constraint = await model.compiler.compile(json_schema.grammar(schema, "json"), model, "json")
+        except BadRequestError:
+            refused += 1
+            continue
+        for _ in range(3):
+            tokens = random_answer(constraint.fork(), rng, model.vocab_size, END or 0, likelier)
+            if tokens is not None:
+                finished += 1
+                assert is_valid(schema, TOKENIZER.decode(tokens)), (schema, TOKENIZER.decode(tokens))
+    assert refused < 15
+    assert finished > 30
