@@ -24,7 +24,7 @@ class ChunkStream:
 
     Args:
         head: The answer's fields before `choices`: id, object, created, model.
-        model: For its fingerprint, told in chunks that finish a choice, and how often to tell what.
+        model: For its fingerprint, told with the usage, or else in chunks that finish a choice; how often to tell what.
         entries: Formats what is new of a choice.
         first: Further fields of the first chunk.
     """
@@ -62,7 +62,7 @@ class ChunkStream:
                 if chunk:
                     yield chunk
             if self._include_usage:
-                yield sse(self._head + b"]" + self._usage() + self._timing() + b"}")
+                yield sse(self._head + b"]" + self._fingerprint + self._usage() + self._timing() + b"}")
         except RequestError as error:
             yield sse(encode_json(error.envelope()))
         yield DONE
@@ -74,7 +74,7 @@ class ChunkStream:
         for left, entry in zip(range(len(entries) - 1, -1, -1), entries, strict=True):
             end = b"]" + self._first
             self._first = b""
-            if delta.finish_reason is not None and not left:
+            if delta.finish_reason is not None and not left and not self._include_usage:
                 end += self._fingerprint
             if self._continuous_usage:
                 end += self._usage(untold=len(delta.token_ids) if left else 0)

@@ -100,16 +100,18 @@ async def test_stream_is_role_then_text_then_reason_then_usage(server: Server) -
         "choices": [
             {"index": 0, "delta": {"content": ""}, "logprobs": None, "finish_reason": "stop", "stop_reason": None}
         ],
-        "system_fingerprint": "langchain-vllm-1.2.3",
     }
     assert usage["choices"] == []
     assert usage["usage"]["completion_tokens"] == 12
     assert usage["metrics"]["tokens_per_second"] > 0
-    assert set(usage) == {*common, "choices", "usage", "metrics"}
+    assert usage["system_fingerprint"] == "langchain-vllm-1.2.3"
+    assert set(usage) == {*common, "choices", "usage", "metrics", "system_fingerprint"}
 
 
 async def test_no_usage_chunk_unless_asked_for(server: Server) -> None:
     events = sse_data((await server.chat(stream=True)).text)
+    told = [json.loads(event).get("system_fingerprint") for event in events[:-1]]
+    assert told == [None] * (len(told) - 1) + ["langchain-vllm-1.2.3"]
     assert not any("usage" in event for event in events)
     assert events[-1] == "[DONE]"
 
