@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -8,6 +9,7 @@ import pytest
 
 from langchain_vllm_server import async_engine
 from langchain_vllm_server.async_engine import AsyncEngine
+from langchain_vllm_server.constraint import ConstraintError
 from langchain_vllm_server.errors import BadRequestError, EngineError
 from langchain_vllm_server.sampling import Sampling
 from tests.server.fakes import FakeEngine, until
@@ -129,4 +131,54 @@ async def test_an_engine_that_makes_no_step_is_unhealthy(monkeypatch: pytest.Mon
     assert "not finished a step" in (engine.problem() or "")
     stream.close()
     assert engine.problem() is None
+    engine.stop()
+
+
+class Even:
+    """A constraint: even tokens, and 40 behind 20."""
+
+    forks = 0
+
+    def __init__(self) -> None:
+        self.last = 0
+
+    def consume(self, tokens: Sequence[int]) -> None:
+        self.last = tokens[-1]
+
+    def forced(self) -> list[int]:
+        if self.last == 8:
+            raise ConstraintError("eight is enough")
+        return [40] if self.last == 20 else []
+
+    def fill_mask(self, address: int) -> None:
+        mask = (ctypes.c_uint32 * 2).from_address(address)
+        mask[0] = mask[1] = 0x55555555
+
+    def fork(self) -> Even:
+        Even.forks += 1
+        return Even()
+
+
+async def test_a_constraint_is_forked_for_every_sequence_and_forgotten_with_it() -> None:
+    fake, engine = engine_that_counts()
+    request = [([2], Sampling(max_tokens=4)), ([20], Sampling(max_tokens=3))]
+    batches = [batch async for batch in engine.submit(request, constraint=Even())]
+    assert [tokens_of(batches, index) for index in range(2)] == [[2, 0, 0, 0], [20, 40, 0]]
+    assert Even.forks == 2
+    stream = engine.submit([([2], Sampling(max_tokens=900))], constraint=Even())
+    stream.close()
+    fake.error = "broken"
+    with pytest.raises(EngineError):
+        engine.submit([([2], Sampling())], constraint=Even())
+    assert not engine._masks._constraints
+    engine.stop()
+
+
+async def test_a_failing_constraint_ends_its_own_sequence() -> None:
+    _, engine = engine_that_counts()
+    request = [([8], Sampling()), ([10], Sampling(max_tokens=2))]
+    batches = [batch async for batch in engine.submit(request, constraint=Even())]
+    events = {index: event for batch in batches for index, event in batch}
+    assert (events[0].finish, events[0].error) == ("error", "eight is enough")
+    assert (events[1].finish, events[1].error) == ("length", "")
     engine.stop()
