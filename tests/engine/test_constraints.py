@@ -162,6 +162,7 @@ def test_same_alone_and_in_a_crowd_that_preempts(model: Path) -> None:
         assert client.engine.stats().prefix_cache_hits > 0
     assert all(result.finish in ("stop", "length") for result in crowd)
     for i, (one, among) in enumerate(zip(alone, crowd, strict=True)):
+        Maze(i).consume(one.tokens)  # which checks them
         if i % 3:
             assert (among.tokens, among.logprobs, among.finish) == (one.tokens, one.logprobs, one.finish)
     with running_engine(model, **SMALL) as client:  # logprobs: a forward for each forced token
