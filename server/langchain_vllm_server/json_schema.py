@@ -164,6 +164,11 @@ def _target(root: dict[str, Any], ref: Any) -> dict[str, Any] | None:
 
 
 def _check(path: str, part: dict[str, Any], param: str, *, own_names: bool) -> None:
+    for key, value in part.items():
+        for where, inner in _parts(key, value):
+            if not isinstance(inner, (dict, bool)):
+                problem = f"{param}: {path}.{key}{where}: a JSON schema must be an object, got {_shown(inner)}."
+                raise BadRequestError(problem, param)
     for keyword, neutral in _UNSUPPORTED.items():
         if keyword in part and not any(part[keyword] is n or part[keyword] == n for n in neutral):
             raise BadRequestError(
@@ -291,15 +296,17 @@ def subschemas(schema: dict[str, Any], path: str = "$") -> Iterator[tuple[str, d
     yield path, schema
     for key, value in schema.items():
         for where, part in _parts(key, value):
-            yield from subschemas(part, f"{path}.{key}{where}")
+            if isinstance(part, dict):
+                yield from subschemas(part, f"{path}.{key}{where}")
 
 
-def _parts(key: str, value: Any) -> list[tuple[str, dict[str, Any]]]:
+def _parts(key: str, value: Any) -> list[tuple[str, Any]]:
+    """What must be schemas in the value of a keyword, and where in it they are."""
     if key in _MAPS and isinstance(value, dict):
-        return [(f".{name}", part) for name, part in value.items() if isinstance(part, dict)]
+        return [(f".{name}", part) for name, part in value.items()]
     if key in _LISTS and isinstance(value, list):
-        return [(f"[{i}]", part) for i, part in enumerate(value) if isinstance(part, dict)]
-    return [("", value)] if key in _SINGLE and isinstance(value, dict) else []
+        return [(f"[{i}]", part) for i, part in enumerate(value)]
+    return [("", value)] if key in _SINGLE else []
 
 
 def _rewritten(schema: dict[str, Any], change: Any) -> dict[str, Any]:

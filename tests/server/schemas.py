@@ -59,6 +59,9 @@ REFUSED: list[tuple[Any, str]] = [
     ({**record(False, a={"$ref": "#/$defs/x"}), "$defs": {"x": {"$ref": "#/$defs/x"}}}, "$.properties.a"),
     ({"type": "array", "items": {"$ref": "#"}, "minItems": 1}, "$: no finite value"),
     ({"type": "object", "minProperties": 2, "additionalProperties": INTEGER}, "$.minProperties"),
+    (record(a=record(b="text")), "$.properties.a.properties.b: a JSON schema must be an object"),
+    ({"anyOf": [BOOLEAN, 5]}, "$.anyOf[1]: a JSON schema must be an object"),
+    ({"type": "array", "items": "text"}, "$.items: a JSON schema must be an object"),
     (False, "must be an object, got false"),
     ([], "must be an object, got []"),
 ]
