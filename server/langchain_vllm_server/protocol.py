@@ -65,6 +65,7 @@ _HARMLESS = frozenset(
         "prompt_cache_options",
     }
     | {"prompt_cache_retention", "safety_identifier", "service_tier", "session_id", "store", "prediction"}
+    | {"mm_payload", "return_mm_kwargs", "routed_experts_prompt_start"}  # of pictures and experts that are not there
     | {"spaces_between_special_tokens", "user"}  # tokens are spelled as they are: nothing between them to leave out
 )
 

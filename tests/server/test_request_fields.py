@@ -297,6 +297,8 @@ NEWER: dict[str, Any] = {
     "web_search_options": {},
     "session_id": "s",
     "spaces_between_special_tokens": False,
+    "moderation": {},
+    "routed_experts_prompt_start": 0,
 }
 
 
