@@ -74,9 +74,11 @@ Engine::Engine(const ModelConfig& config, const TensorIndex& tensors, const Engi
                                                   " of memory, but only " + mib(available) +
                                                   " are available: lower --memory");
   const int64_t memory = options_.memory_bytes > 0 ? options_.memory_bytes : available / 2;
-  // A step never runs more sequences than tokens, and never samples more rows than sequences.
+  // A step never runs more sequences than tokens, and never samples more rows than sequences. Prompts are
+  // scored in pieces of as many rows; with fewer than 16 the weights of the head would be read for next to
+  // nothing.
   const int max_tokens = options_.max_num_batched_tokens;
-  const int max_logits = std::min(options_.max_num_seqs, max_tokens);
+  const int max_logits = std::min(std::max(options_.max_num_seqs, 16), max_tokens);
   const auto activations =
       static_cast<int64_t>(Transformer::activation_bytes(config_, max_tokens, max_logits));
   const int64_t loaded = loaded_bytes(tensors, options_.weight_format);
