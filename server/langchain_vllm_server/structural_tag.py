@@ -55,9 +55,9 @@ class _Writer:
         if not isinstance(node, dict):
             raise self._error(path, "a format must be an object")
         kind = node.get("type")
-        writer = _FORMATS.get(kind) if isinstance(kind, str) else None
+        writer = KINDS.get(kind) if isinstance(kind, str) else None
         if writer is None:
-            raise self._error(f"{path}.type", f"`{str(kind)[:60]}` is none of {', '.join(sorted(_FORMATS))}")
+            raise self._error(f"{path}.type", f"`{str(kind)[:60]}` is none of {', '.join(sorted(KINDS))}")
         return writer(self, node, path, depth)
 
     def _literal(self, node: dict[str, Any], path: str, _depth: int) -> str:
@@ -173,7 +173,7 @@ def _constant(node: Any) -> str | None:
     return value if isinstance(value, str) else None
 
 
-_FORMATS: dict[str, Callable[[_Writer, dict[str, Any], str, int], str]] = {
+KINDS: dict[str, Callable[[_Writer, dict[str, Any], str, int], str]] = {
     "any_text": _Writer._any_text,
     "const_string": _Writer._literal,
     "json_schema": _Writer._schema,

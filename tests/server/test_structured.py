@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
+from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from langchain_vllm_server import structural_tag, structured
 from langchain_vllm_server.checkpoint import load_checkpoint
 from langchain_vllm_server.constraint import ConstraintError
+from langchain_vllm_server.errors import RequestError
 from langchain_vllm_server.fields import Fields
+from langchain_vllm_server.protocol import ChatCompletionRequest, decode
+from langchain_vllm_server.response_format import requested_grammar
 from langchain_vllm_server.structured import Grammar, GrammarCompiler, lark_regex
 from langchain_vllm_server.tokenizer import Tokenizer
 from tests.server.checkpoint_fixtures import SMOLLM2, spm_metadata
@@ -120,3 +128,31 @@ async def test_a_dead_end_is_an_error(model: Any) -> None:
     constraint = await structured.compile(Grammar.from_regex("ab"), model, "regex")
     with pytest.raises(ConstraintError):
         constraint.consume(model.tokenizer.encode("x"))
+
+
+FUZZED = model_of(byte_tokenizer(), byte_tokenizer().token_id(EOS) or 0)
+KEYS = "type elements tags triggers begin end content value pattern json_schema separator schema".split()
+KEYS += "properties items anyOf oneOf required $ref $defs minItems enum".split()
+KINDS = sorted(structural_tag.KINDS)
+JSON_VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-3, 3)
+    | st.text(max_size=3)
+    | st.sampled_from([*structural_tag.KINDS, "$ref"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(KEYS), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@given(st.dictionaries(st.sampled_from(["type", "format", "json_schema", "structures", "triggers"]), JSON_VALUES))
+@settings(deadline=None, max_examples=300)
+def test_any_response_format_is_compiled_or_refused(fields: dict[str, Any]) -> None:
+    """Nothing but a RequestError, whatever the JSON."""
+    for name in ("response_format", "structured_outputs"):
+        value = fields if name == "response_format" else {"structural_tag": json.dumps(fields)}
+        body = json.dumps({"messages": [], name: value}).encode()
+        with suppress(RequestError):
+            found = requested_grammar(decode(body, ChatCompletionRequest))
+            if found is not None:
+                asyncio.run(structured.compile(found[0], FUZZED, found[1]))
