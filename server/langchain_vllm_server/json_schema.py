@@ -59,6 +59,9 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "uniqueItems": (False,),
 }
 
+# What pydantic says of a Decimal, with a look-ahead for at least one digit.
+_WITHOUT_LOOK_AHEAD = {r"^(?!^[-+.]*$)[+-]?0*\d*\.?\d*$": r"^[+-]?(\d+\.?\d*|\.\d+)$"}
+
 _QUOTED = ("$ref", "format", "pattern")  # keywords whose value llguidance repeats in its errors
 
 # Those that llguidance enforces, and those that name how a text is shown or stored: nothing to enforce.
@@ -132,12 +135,29 @@ def checked(schema: Any, param: str) -> dict[str, Any]:
     if _depth(schema) > MAX_DEPTH:
         raise BadRequestError(f"{param}: the schema is nested deeper than {MAX_DEPTH} levels.", param)
     own_names = any("$id" in part for _, part in subschemas(schema))
+    if not own_names:
+        schema = _rewritten(schema, partial(_with_listed_names, schema))
     for path, part in subschemas(schema):
         _check(path, part, param, own_names=own_names)
     if not own_names and (endless := _endless(schema)):
         raise BadRequestError(f"{param}: {endless}: no finite value satisfies it: it always contains itself.", param)
     schema = _rewritten(schema, _without_neutral)
     return schema if own_names else _rewritten(schema, partial(_with_alternatives, schema))
+
+
+def _with_listed_names(root: dict[str, Any], part: dict[str, Any]) -> dict[str, Any]:
+    """PropertyNames that lists names or has a pattern, said by other keywords, as long as those are free."""
+    names = _resolved(root, part.get("propertyNames"))
+    if not isinstance(names, dict) or part.keys() & {"properties", "patternProperties"}:
+        return part
+    rest = {key: value for key, value in part.items() if key != "propertyNames"}
+    values = part.get("additionalProperties", True)
+    says = names.keys() - {"type", "title", "description"}
+    if says == {"enum"} and all(isinstance(name, str) for name in _list(names["enum"])):
+        return {**rest, "properties": dict.fromkeys(_list(names["enum"]), values), "additionalProperties": False}
+    if says == {"pattern"}:
+        return {**rest, "patternProperties": {names["pattern"]: values}, "additionalProperties": False}
+    return part
 
 
 def _with_alternatives(root: dict[str, Any], part: dict[str, Any]) -> dict[str, Any]:
@@ -230,6 +250,8 @@ def _without_neutral(part: dict[str, Any]) -> dict[str, Any]:
     kept = {key: value for key, value in part.items() if key not in _UNSUPPORTED}
     if not _may_be_text(part) or part.get("format") in _SHOWN:
         kept.pop("format", None)
+    if isinstance(pattern := part.get("pattern"), str):
+        kept["pattern"] = _WITHOUT_LOOK_AHEAD.get(pattern, pattern)
     return kept
 
 
@@ -244,25 +266,27 @@ def narrowed(schema: dict[str, Any], *, closed: bool | None = None) -> dict[str,
     if closed is None:
         closed = not any("allOf" in part for _, part in subschemas(schema))
 
+    # Two steps that meet in one number make an automaton of their least common multiple.
+    stepped = any("multipleOf" in part for _, part in subschemas(schema))
+
     def narrow(part: dict[str, Any]) -> dict[str, Any]:
-        part = _bounded(part)
+        part = _bounded(part, None if stepped else _SMALLEST_STEP)
         return {**part, "additionalProperties": False} if closed and _lists_all(part) else part
 
     return _rewritten(schema, narrow)
 
 
 def _lists_all(part: dict[str, Any]) -> bool:
-    properties = part.get("properties")
-    others = ("additionalProperties", "patternProperties", "minProperties", "$ref", "allOf", "anyOf", "oneOf")
+    properties, patterns = part.get("properties") or {}, part.get("patternProperties") or {}
+    others = ("additionalProperties", "minProperties", "$ref", "allOf", "anyOf", "oneOf")
     return (
-        isinstance(properties, dict)
-        and bool(properties)
+        bool(properties or patterns)
         and not any(key in part for key in others)
         and all(name in properties for name in part.get("required", ()))
     )
 
 
-def _bounded(part: dict[str, Any]) -> dict[str, Any]:
+def _bounded(part: dict[str, Any], step: float | None) -> dict[str, Any]:
     types = _types(part)
     if not types & {"integer", "number"} or part.keys() & {"enum", "const"}:
         return part
@@ -271,8 +295,8 @@ def _bounded(part: dict[str, Any]) -> dict[str, Any]:
         bounds["minimum"] = -_LARGEST
     if part.keys().isdisjoint(("maximum", "exclusiveMaximum")):
         bounds["maximum"] = _LARGEST
-    if "number" in types and "multipleOf" not in part:
-        bounds["multipleOf"] = _SMALLEST_STEP
+    if "number" in types and step is not None:
+        bounds["multipleOf"] = step
     return {**part, **bounds}
 
 
@@ -282,13 +306,17 @@ def blame(schema: dict[str, Any], message: str) -> str:
         if message.startswith("min/maxProperties") and part.keys() & {"minProperties", "maxProperties"}:
             return f"{path}.{min(part.keys() & {'minProperties', 'maxProperties'})}"
         for keyword, value in part.items():
-            if keyword in _QUOTED and isinstance(value, str) and value.strip("#") and value.strip("#") in message:
+            if keyword in _QUOTED and isinstance(value, str) and _repeats(message, value.strip("#")):
                 return f"{path}.{keyword}"
             if keyword == "type" and message == f"Invalid type: {value}":
                 return f"{path}.{keyword}"
             if f'"{keyword}"' in message or f"'{keyword}'" in message or message.startswith(f"{keyword} "):
                 return f"{path}.{keyword}"
     return "$"
+
+
+def _repeats(message: str, value: str) -> bool:
+    return bool(value) and (value in message or value.replace(r"\d", "[0-9]") in message)
 
 
 def subschemas(schema: dict[str, Any], path: str = "$") -> Iterator[tuple[str, dict[str, Any]]]:
