@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from langchain_vllm_server.constraint import Constraint, ConstraintError, MaskThread
+from langchain_vllm_server.constraint import Constraint, ConstraintError
 from langchain_vllm_server.errors import BadRequestError
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from langchain_vllm_server.served_model import ServedModel
 
-__all__ = ["Constraint", "ConstraintError", "Grammar", "GrammarCompiler", "MaskThread", "compile"]
+__all__ = ["Constraint", "ConstraintError", "Grammar", "GrammarCompiler", "compile"]
 
 MAX_GRAMMAR_BYTES = 1 << 18
 COMPILE_SECONDS = 10.0
