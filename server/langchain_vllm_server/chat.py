@@ -14,12 +14,14 @@ from langchain_vllm_server.logprobs import LogprobFormat
 from langchain_vllm_server.prompts import text_prompt, told_of_prompt
 from langchain_vllm_server.response_format import compile_format
 from langchain_vllm_server.responses import encode_json
+from langchain_vllm_server.tools import call_object, forced_calls
 
 if TYPE_CHECKING:
     from starlette.responses import Response
 
     from langchain_vllm_server.generation import Choice, Generation, Service
     from langchain_vllm_server.protocol import ChatCompletionRequest
+    from langchain_vllm_server.tools import ForcedCalls
 
 
 async def create_chat_completion(
@@ -27,15 +29,15 @@ async def create_chat_completion(
 ) -> Response | dict[str, Any]:
     """Answer a conversation: a stream of chunks, or a whole completion as its JSON object."""
     model = service.model
-    answer = ChatAnswer(service, request, request_id)
+    forced = forced_calls(request)
+    answer = ChatAnswer(service, request, request_id, forced)
     parameters = sampling.parameters(request, model, _num_logprobs(request), "top_logprobs")
-    _check_tools(request)
     text = render_chat(request, model)
     limit = request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens
     prompt = await text_prompt(request, model, text, limit, add_special_tokens=request.add_special_tokens)
     if not prompt.token_ids:
         raise BadRequestError("The chat template made an empty prompt of the messages.", "messages")
-    constraint = await compile_format(request, model)
+    constraint = await (forced.compile(request, model) if forced else compile_format(request, model))
     generation = start(service, request, parameters, [prompt.token_ids], limit, constraint)
     told = told_of_prompt(request, prompt)
     if request.stream:
@@ -48,7 +50,9 @@ async def create_chat_completion(
 class ChatAnswer:
     """Formats one answer."""
 
-    def __init__(self, service: Service, request: ChatCompletionRequest, request_id: str) -> None:
+    def __init__(
+        self, service: Service, request: ChatCompletionRequest, request_id: str, forced: ForcedCalls | None
+    ) -> None:
         self.id = f"chatcmpl-{request_id}"
         self.created = now()
         self.model = service.model.check_name(request.model)
@@ -61,6 +65,8 @@ class ChatAnswer:
         self._returns_ids = request.return_token_ids
         self._echo = _echoed(request, self._role) if request.echo else ""
         self._begun: set[int] = set()
+        self._forced = forced
+        self._texts: dict[int, str] = {}  # of choices whose calls are told when they are whole
 
     def chunk_entries(self, choice: Choice, delta: Delta) -> list[bytes]:
         """The role, once; then text; with the last one why it ended. Nothing while all text is held back."""
@@ -82,15 +88,36 @@ class ChatAnswer:
             encode_json(self._logprobs.chat(delta.logprobs)) if self._wants_logprobs and delta.logprobs else b"null"
         )
         token_ids = b',"token_ids":' + encode_json(delta.token_ids) if self._returns_ids else b""
-        head = b'{"index":%d,"delta":{"content":%b},"logprobs":%b%b,"finish_reason":' % (
+        news, finish_reason = self._news(choice, delta)
+        head = b'{"index":%d,"delta":%b,"logprobs":%b%b,"finish_reason":' % (
             choice.index,
-            encode_json(delta.text),
+            news,
             logprobs,
             token_ids,
         )
         if delta.finish_reason is None:
             return head + b"null}"
-        return head + b'%b,"stop_reason":%b}' % (encode_json(delta.finish_reason), encode_json(delta.stop_reason))
+        return head + b'%b,"stop_reason":%b}' % (encode_json(finish_reason), encode_json(delta.stop_reason))
+
+    def _news(self, choice: Choice, delta: Delta) -> tuple[bytes, str | None]:
+        """The `delta` of a chunk, and why the choice ended. Forced calls are told once they are whole."""
+        if self._forced is None:
+            return b'{"content":%b}' % encode_json(delta.text), delta.finish_reason
+        text = self._texts[choice.index] = self._texts.get(choice.index, "") + delta.text
+        if delta.finish_reason is None:
+            return b"{}", None
+        content, calls, reason = self._called(self._forced, text, delta.finish_reason)
+        news = {"tool_calls": [{"index": i} | call for i, call in enumerate(calls)]} if calls else {"content": content}
+        return encode_json(news), reason
+
+    @staticmethod
+    def _called(forced: ForcedCalls, text: str, reason: str | None) -> tuple[str, list[dict[str, Any]], str | None]:
+        """Content, calls and finish reason (vLLM's: a named call ends with "stop") of a whole answer."""
+        calls = forced.calls(text)
+        if calls is None:
+            return text, [], reason
+        ends = reason == "stop" and forced.named is None
+        return "", [call_object(*call) for call in calls], "tool_calls" if ends else reason
 
     def whole(self, generation: Generation, deltas: list[Delta]) -> dict[str, Any]:
         """The completion object, with vLLM's nulls."""
@@ -112,20 +139,25 @@ class ChatAnswer:
         }
 
     def _choice(self, index: int, delta: Delta) -> dict[str, Any]:
-        message = {
+        text, calls, reason = delta.text, None, delta.finish_reason
+        if self._forced is not None:
+            text, calls, reason = self._called(self._forced, text, reason)
+        message: dict[str, Any] = {
             "role": self._role,
-            "content": self._echo + delta.text,
+            "content": self._echo + text,
             "refusal": None,
             "annotations": None,
             "audio": None,
             "function_call": None,
             "reasoning": None,
         }
+        if calls:
+            message["tool_calls"] = calls
         return {
             "index": index,
             "message": message,
             "logprobs": self._logprobs.chat(delta.logprobs) if self._wants_logprobs else None,
-            "finish_reason": delta.finish_reason,
+            "finish_reason": reason,
             "stop_reason": delta.stop_reason,
             "token_ids": delta.token_ids if self._returns_ids else None,
             "routed_experts": None,
@@ -149,17 +181,3 @@ def _echoed(request: ChatCompletionRequest, role: str) -> str:
     if isinstance(last.content, str):
         return last.content
     return "".join(part if isinstance(part, str) else str(part.get("text", "")) for part in last.content)
-
-
-def _check_tools(request: ChatCompletionRequest) -> None:
-    """Tools may be shown to the model (tool_choice "none"); this version cannot have it call them."""
-    if request.tools is not None and not request.tools:
-        raise BadRequestError("`tools` must not be an empty list; leave it out instead.", "tools")
-    if request.tool_choice == "none":
-        return
-    if request.tool_choice is not None and request.tools is None:
-        raise BadRequestError("When using `tool_choice`, `tools` must be set.", "tool_choice")
-    if request.tools is not None:
-        raise BadRequestError(
-            'Tool calling is not supported by this version of the server: `tools` needs `tool_choice` "none".', "tools"
-        )

@@ -60,7 +60,6 @@ _HARMLESS = frozenset(
     {
         "include_reasoning",
         "metadata",
-        "parallel_tool_calls",
         "prompt_cache_key",
         "prompt_cache_options",
     }
@@ -161,6 +160,7 @@ class ChatCompletionRequest(GenerationRequest, kw_only=True):
     top_logprobs: int = 0
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
     documents: list[dict[str, Any]] | None = None
     add_generation_prompt: bool = True
     continue_final_message: bool = False
