@@ -100,9 +100,15 @@ class ChatAnswer:
         return head + b'%b,"stop_reason":%b}' % (encode_json(finish_reason), encode_json(delta.stop_reason))
 
     def _news(self, choice: Choice, delta: Delta) -> tuple[bytes, str | None]:
-        """The `delta` of a chunk, and why the choice ended. Forced calls are told once they are whole."""
+        """The `delta` of a chunk, and why the choice ended. A list of forced calls is told once it is whole."""
         if self._forced is None:
             return b'{"content":%b}' % encode_json(delta.text), delta.finish_reason
+        if self._forced.named is not None:
+            call: dict[str, Any] = {"function": {"arguments": delta.text}}
+            if choice.index not in self._texts:
+                self._texts[choice.index] = ""
+                call = call_object(self._forced.named, delta.text)
+            return encode_json({"tool_calls": [{"index": 0} | call]}), delta.finish_reason
         text = self._texts[choice.index] = self._texts.get(choice.index, "") + delta.text
         if delta.finish_reason is None:
             return b"{}", None

@@ -47,15 +47,28 @@ def test_forced_calls_streamed_or_not(client: openai.OpenAI, choice: Any, reason
     assert call.id.startswith("chatcmpl-tool-")
     assert set(json.loads(call.function.arguments)) == ({"city"} if call.function.name == "weather" else set())
     chunks = client.chat.completions.create(**ASK, tool_choice=choice, parallel_tool_calls=False, stream=True)
-    *_, last = [chunk.choices[0] for chunk in chunks]
-    (told,) = last.delta.tool_calls or []
-    assert told.function is not None
-    assert (told.index, told.function.name, told.function.arguments, last.finish_reason) == (
-        0,
-        call.function.name,
-        call.function.arguments,
-        reason,
-    )
+    told = [chunk.choices[0] for chunk in chunks]
+    news = [part for choice in told for part in choice.delta.tool_calls or [] if part.function is not None]
+    assert {part.index for part in news} == {0}
+    assert [part.function.name for part in news if part.function] == [call.function.name] + [None] * (len(news) - 1)
+    assert "".join(part.function.arguments or "" for part in news if part.function) == call.function.arguments
+    assert told[-1].finish_reason == reason
+
+
+def test_several_choices_and_schemas_with_definitions(client: openai.OpenAI) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"n": {"$ref": "#/$defs/digit"}},
+        "required": ["n"],
+        "additionalProperties": False,
+        "$defs": {"digit": {"type": "integer", "minimum": 3, "maximum": 5}},
+    }
+    tools: Any = [{"type": "function", "function": {"name": "näh", "parameters": schema}}]
+    ask = ASK | {"tools": tools, "tool_choice": "required", "parallel_tool_calls": False, "n": 2, "temperature": 1}
+    for choice in client.chat.completions.create(**ask).choices:
+        (call,) = choice.message.tool_calls or []
+        assert call.function.name == "näh"
+        assert json.loads(call.function.arguments)["n"] in {3, 4, 5}
 
 
 @pytest.mark.parametrize(
