@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from langchain_vllm_server.served_model import ServedModel
     from langchain_vllm_server.structured import Constraint
 
+MAX_CALLS = 8  # in one answer: a small model would repeat itself until its tokens are used up
 _NO_PARAMETERS: dict[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
 
 
@@ -52,7 +53,7 @@ class ForcedCalls:
         return await structured.compile(self._list(), model, "tools")
 
     def _list(self) -> Grammar:
-        more = "" if self.single else ' (", " call)*'
+        more = "" if self.single else f' (", " call){{0,{MAX_CALLS - 1}}}'
         names = list(self.schemas)
         lines = [f'start: "[" call{more} "]"', "call: " + " | ".join(f"call_{i}" for i in range(len(names)))]
         for number, name in enumerate(names):
@@ -63,14 +64,16 @@ class ForcedCalls:
         return Grammar.from_lark("\n".join(lines))
 
     def calls(self, text: str) -> list[tuple[str, str]] | None:
-        """Names and arguments (JSON text) in a whole answer; None if it was cut short before a list's end."""
+        """Names and arguments (JSON text) of an answer; of a list that was cut short those that are whole, or None."""
         if self.named is not None:
             return [(self.named, text)]
-        try:
-            found = msgspec.json.decode(text, type=list[_Call])
-        except msgspec.DecodeError:
-            return None
-        return [(call.name, bytes(call.parameters).decode()) for call in found]
+        for end in (len(text), *(i + 1 for i in range(len(text) - 1, -1, -1) if text[i] == "}")):
+            try:
+                found = msgspec.json.decode(text[:end] + "]" * (end < len(text) or text[-1:] == "}"), type=list[_Call])
+            except msgspec.DecodeError:
+                continue
+            return [(call.name, bytes(call.parameters).decode()) for call in found]
+        return None
 
 
 class _Call(msgspec.Struct):

@@ -55,6 +55,13 @@ def test_forced_calls_streamed_or_not(client: openai.OpenAI, choice: Any, reason
     assert told[-1].finish_reason == reason
 
 
+@pytest.mark.parametrize("max_tokens", [4, 40, 400])
+def test_a_list_ends_and_keeps_its_whole_calls_when_cut(client: openai.OpenAI, max_tokens: int) -> None:
+    choice = client.chat.completions.create(**(ASK | {"max_tokens": max_tokens}), tool_choice="required").choices[0]
+    assert choice.finish_reason == ("tool_calls" if max_tokens == 400 else "length")
+    assert len(choice.message.tool_calls or []) in ({0} if max_tokens == 4 else range(1, 9))
+
+
 def test_several_choices_and_schemas_with_definitions(client: openai.OpenAI) -> None:
     schema = {
         "type": "object",
