@@ -36,6 +36,7 @@ struct Names {
 
 constexpr Names<Norm, 2> kNorms{{"rms", "layer"}};
 constexpr Names<Activation, 4> kActivations{{"silu", "gelu", "gelu_tanh", "relu"}};
+constexpr Names<Pooling, 3> kPoolings{{"", "last", "mean"}};
 constexpr Names<Finish, 6> kFinishes{{"", "stop", "length", "abort", "error", "repetition"}};
 
 Format parse_format(const std::string& name) {
@@ -174,6 +175,9 @@ void bind_requests(nb::module_& m) {
           [](SamplingParams& p, std::tuple<int32_t, int32_t, int32_t> r) {
             p.repetition_detection = {std::get<0>(r), std::get<1>(r), std::get<2>(r)};
           })
+      .def_prop_rw(
+          "pooling", [](const SamplingParams& p) { return kPoolings(p.pooling); },
+          [](SamplingParams& p, const std::string& name) { p.pooling = kPoolings.parse("pooling", name); })
       .def_rw("priority", &SamplingParams::priority)
       .def_rw("cache_salt", &SamplingParams::cache_salt)
       .def_rw("constrained", &SamplingParams::constrained);
@@ -188,6 +192,7 @@ void bind_requests(nb::module_& m) {
       .def_ro("tokens", &Event::tokens)
       .def_prop_ro("logprobs", [](const Event& e) { return logprob_tuples(e.logprobs); })
       .def_prop_ro("prompt_logprobs", [](const Event& e) { return logprob_tuples(e.prompt_logprobs); })
+      .def_ro("embedding", &Event::embedding)
       .def_prop_ro("finish", [](const Event& e) { return kFinishes(e.finish); })
       .def_ro("error", &Event::error)
       .def_ro("num_cached_tokens", &Event::num_cached_tokens)
@@ -222,6 +227,7 @@ void bind_engine(nb::module_& m) {
           },
           nb::arg("request_id"), nb::arg("prompt"), nb::arg("params"))
       .def("cancel", &Engine::cancel, nb::arg("request_id"))
+      .def("forget_prefixes", &Engine::forget_prefixes)
       .def("fileno", &Engine::fileno)
       .def("drain", &Engine::drain)
       .def("stats", &Engine::stats)

@@ -6,6 +6,7 @@
 #include <poll.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdio>
 #include <cstdlib>
@@ -97,6 +98,9 @@ Request make_request(uint64_t number) {
   request.params.seed = number;
   request.params.stop_token_ids = {draw(4, 0, kVocab - 1)};
   request.params.constrained = draw(5, 0, 1) == 1;
+  request.params.pooling = static_cast<Pooling>(std::max(0, draw(6, 0, 9) - 7));
+  if (request.params.pooling != Pooling::NONE)
+    request.params.constrained = false, request.params.max_tokens = 0;
   return request;
 }
 
@@ -124,6 +128,7 @@ void constrain(Engine& engine) {
 
 struct Answer {
   std::vector<int32_t> tokens;
+  std::vector<float> embedding;
   Finish finish = Finish::NONE;
 };
 
@@ -137,6 +142,7 @@ std::unordered_map<uint64_t, Answer> collect(Engine& engine, size_t count) {
       Answer& answer = answers[event.request_id];
       check(answer.finish == Finish::NONE, "an event after the last one");
       answer.tokens.insert(answer.tokens.end(), event.tokens.begin(), event.tokens.end());
+      answer.embedding = event.embedding;
       answer.finish = event.finish;
       finished += event.finish != Finish::NONE;
     }
@@ -152,6 +158,8 @@ void compare(uint64_t number, const Answer& alone, const Answer& crowd) {
             (aborted || crowd.tokens.size() == alone.tokens.size()) &&
             std::equal(crowd.tokens.begin(), crowd.tokens.end(), alone.tokens.begin()),
         "request " + std::to_string(number) + " gave other tokens than alone");
+  check(aborted || crowd.embedding == alone.embedding,
+        "request " + std::to_string(number) + " gave another vector than alone");
 }
 
 void stress(uint64_t num_requests) {

@@ -35,6 +35,8 @@ void check_tables(const BlockPool& pool, const std::vector<std::vector<int32_t>>
   pool.check_integrity(pointers);
 }
 
+constexpr std::string_view kPoolings[] = {"", "last", "mean"};
+
 const char* finish_name(Finish finish) {
   constexpr const char* names[] = {"", "stop", "length", "abort", "error", "repetition"};
   return names[static_cast<int>(finish)];
@@ -74,6 +76,7 @@ nb::dict to_python(const Batch& batch) {
   out["sampling"] = sampling;
   out["scoring_rows"] = batch.scoring_rows;
   out["scoring"] = scoring;
+  out["pooling_rows"] = batch.pooling_rows;
   return out;
 }
 
@@ -90,7 +93,7 @@ class SteppedScheduler {
       sampled[i] = {.token = tokens[i], .logprobs = {{tokens[i], -0.5f, 1}}};
     std::vector<TokenLogprobs> scored;
     for (const ScheduledSequence& s : step) {
-      const ScoredRange range = scored_range(s);
+      const PromptRange range = scored_range(s);
       for (int32_t i = range.first; i < range.last; ++i)
         scored.push_back({{s.sequence->tokens[static_cast<size_t>(i) + 1], -0.5f, 1}});
     }
@@ -145,6 +148,12 @@ void bind_values(nb::module_& m) {
           [](SamplingParams& p, std::tuple<int32_t, int32_t, int32_t> r) {
             p.repetition_detection = {std::get<0>(r), std::get<1>(r), std::get<2>(r)};
           })
+      .def_prop_rw(
+          "pooling",
+          [](const SamplingParams& p) { return std::string(kPoolings[static_cast<size_t>(p.pooling)]); },
+          [](SamplingParams& p, const std::string& name) {
+            p.pooling = static_cast<Pooling>(std::ranges::find(kPoolings, name) - std::begin(kPoolings));
+          })
       .def_rw("priority", &SamplingParams::priority)
       .def_rw("cache_salt", &SamplingParams::cache_salt)
       .def_rw("constrained", &SamplingParams::constrained);
@@ -166,6 +175,7 @@ void bind_values(nb::module_& m) {
   nb::class_<ScheduledSequence>(m, "ScheduledSequence")
       .def_ro("num_tokens", &ScheduledSequence::num_tokens)
       .def_prop_ro("catches_up", &catches_up)
+      .def_prop_ro("samples", &samples)
       .def_prop_ro("id", [](const ScheduledSequence& s) { return s.sequence->id; })
       .def_prop_ro("tokens", [](const ScheduledSequence& s) { return s.sequence->tokens; })
       .def_prop_ro("num_computed", [](const ScheduledSequence& s) { return s.sequence->num_computed; })
@@ -188,6 +198,7 @@ void bind_block_pool(nb::module_& m) {
            })
       .def("prefix", &BlockPool::prefix)
       .def("root", &BlockPool::root)
+      .def("forget_cached", &BlockPool::forget_cached)
       .def("check_integrity", &check_tables, "tables"_a);
 }
 
@@ -211,6 +222,7 @@ void bind_scheduler(nb::module_& m) {
       .def("make_batch", [](const SteppedScheduler& self) { return to_python(make_batch(self.step)); })
       .def("force", &SteppedScheduler::force, "id"_a, "tokens"_a, "error"_a = "")
       .def("commit", &SteppedScheduler::commit, "tokens"_a, "now"_a = 0.0)
+      .def("forget_prefixes", [](SteppedScheduler& self) { self.scheduler.forget_prefixes(); })
       .def("fail_all", [](SteppedScheduler& self) { return self.scheduler.fail_all(); })
       .def("stats", &SteppedScheduler::stats)
       .def("check_integrity", [](const SteppedScheduler& self) { self.scheduler.check_integrity(); });

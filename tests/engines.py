@@ -31,6 +31,7 @@ class Result:
     num_cached_tokens: int = 0
     prompt_logprobs: list[list[tuple[int, float, int]]] = dataclasses.field(default_factory=list)
     error: str = ""
+    embedding: list[float] = dataclasses.field(default_factory=list)
 
 
 def sampling(**values: Any) -> _engine.SamplingParams:
@@ -73,6 +74,7 @@ class Client:
             result.prompt_logprobs += event.prompt_logprobs
             result.finish = event.finish
             result.error = event.error
+            result.embedding = event.embedding
             result.num_cached_tokens = event.num_cached_tokens
 
     def wait(self, *request_ids: int, seconds: float = 120) -> list[Result]:

@@ -29,6 +29,7 @@ struct Batch {
   std::vector<SamplingRow> sampling;  // (num_logits)
   std::vector<int32_t> scoring_rows;  // (num_scored): indices into tokens
   std::vector<ScoringRow> scoring;    // (num_scored)
+  std::vector<int32_t> pooling_rows;  // (num_pooled): indices into tokens
 
   int num_tokens() const { return static_cast<int>(tokens.size()); }
   int num_logits() const { return static_cast<int>(logit_rows.size()); }

@@ -18,6 +18,10 @@ struct RepetitionDetection {
   int32_t min_count = 2;
 };
 
+// What a request wants of its prompt in place of an answer: one vector, made of the states of the last layer
+// behind the final norm: that of the last token, or the mean of all.
+enum class Pooling : uint8_t { NONE, LAST, MEAN };
+
 // Defaults are vLLM's. Ranges are checked once, by validate() (engine/request.h), in the caller of submit().
 struct SamplingParams {
   float temperature = 1.0f;  // 0: greedy
@@ -41,8 +45,9 @@ struct SamplingParams {
   std::vector<int32_t> stop_token_ids;  // end-of-sequence tokens included, unless the request ignores them
   RepetitionDetection repetition_detection;
 
-  int64_t priority = 0;    // lower ones run first
-  std::string cache_salt;  // prefixes are shared among requests of the same salt
+  Pooling pooling = Pooling::NONE;  // a vector in place of tokens: max_tokens is 0 then
+  int64_t priority = 0;             // lower ones run first
+  std::string cache_salt;           // prefixes are shared among requests of the same salt
   // Each token must be one that the request's constraint allows (engine/masks.h). Then min_tokens holds back
   // stop tokens only where the constraint allows others.
   bool constrained = false;

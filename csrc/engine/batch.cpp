@@ -18,13 +18,16 @@ void append(Batch& batch, const ScheduledSequence& scheduled) {
   const int32_t num_blocks = (end + kBlockSize - 1) / kBlockSize;
   batch.block_tables.insert(batch.block_tables.end(), sequence.blocks.begin(),
                             sequence.blocks.begin() + num_blocks);
-  const ScoredRange scored = scored_range(scheduled);
+  const PromptRange scored = scored_range(scheduled);
   for (int32_t i = scored.first; i < scored.last; ++i) {
     batch.scoring_rows.push_back(batch.sequences.back().first_token + i - begin);
     batch.scoring.push_back({.token = sequence.tokens[static_cast<size_t>(i) + 1],
                              .num_logprobs = sequence.params.num_prompt_logprobs});
   }
-  if (!catches_up(scheduled)) return;
+  const PromptRange pooled = pooled_range(scheduled);
+  for (int32_t i = pooled.first; i < pooled.last; ++i)
+    batch.pooling_rows.push_back(batch.sequences.back().first_token + i - begin);
+  if (!samples(scheduled)) return;
   batch.logit_rows.push_back(batch.num_tokens() - 1);
   batch.sampling.push_back({.params = &sequence.params,
                             .tokens = sequence.tokens,

@@ -6,7 +6,7 @@
 
 namespace engine {
 
-// Lays the step's sequences end to end, in step order; those that catch up get a row of logits. The batch
+// Lays the step's sequences end to end, in step order; those that sample get a row of logits. The batch
 // points into the sequences, so it lives no longer than the step: commit() ends it.
 Batch make_batch(const Step& step);
 

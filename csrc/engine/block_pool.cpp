@@ -72,6 +72,16 @@ PrefixId BlockPool::root(const std::string& salt) {
   return root;
 }
 
+void BlockPool::forget_cached() {
+  while (first_cached_ >= 0) {
+    const int32_t id = first_cached_;
+    unlink(id);
+    by_key_.erase(by_key_.find(*blocks_[id].key));
+    blocks_[id].key = nullptr;
+    empty_.push_back(id);
+  }
+}
+
 void BlockPool::link(int32_t id) {
   Block& block = blocks_[id];
   block.previous = last_cached_;

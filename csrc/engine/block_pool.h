@@ -61,6 +61,7 @@ class BlockPool {
   // What the prefixes of one salt begin with; "" gives kEmptyPrefix. There is room for as many salts as there
   // are blocks; then all are forgotten, and with them what was cached under them.
   PrefixId root(const std::string& salt);
+  void forget_cached();  // of the free blocks: what held ones share stays shared
 
   // Throws InvariantError unless references, free list and keys agree with each other and with `tables`, the
   // block tables of all live sequences. Linear in the pool.

@@ -165,6 +165,7 @@ void Engine::loop() {
     std::vector<Sampled> next(batch.sampling.size());
     device_->sample(logits, config_.vocab_size, batch.sampling, next);
     std::vector<TokenLogprobs> scored = score(batch);
+    pool(step, batch);
     std::vector<Event> events = scheduler_->commit(step, next, scored, now());
     publish_stats();  // first, so that whoever has a request's last event sees it gone
     outbox_.post(std::move(events));
@@ -184,9 +185,33 @@ std::vector<TokenLogprobs> Engine::score(const Batch& batch) {
   return scored;
 }
 
+// Adds the states that pooling wants to their sequences, in pieces as well: in f64 and the order of the
+// tokens, so a sum does not depend on where a step or a piece ends.
+void Engine::pool(const Step& step, const Batch& batch) {
+  std::vector<Sequence*> owners;  // (num_pooled)
+  for (const ScheduledSequence& scheduled : step)
+    owners.insert(owners.end(), static_cast<size_t>(pooled_range(scheduled).size()), scheduled.sequence);
+  const auto width = static_cast<size_t>(config_.hidden_size),
+             most = static_cast<size_t>(transformer_->max_logits());
+  std::vector<float> states;  // (at most max_logits, hidden_size)
+  for (size_t i = 0; i < owners.size(); i += most) {
+    const size_t n = std::min(most, owners.size() - i);
+    states.resize(n * width);
+    device_->copy_to_host(states.data(), transformer_->hidden(std::span(batch.pooling_rows).subspan(i, n)),
+                          states.size());
+    for (size_t row = 0; row < n; ++row) {
+      std::vector<double>& sum = owners[i + row]->pooled;
+      sum.resize(width);
+      for (size_t j = 0; j < width; ++j) sum[j] += double{states[row * width + j]};
+    }
+  }
+}
+
 void Engine::apply(Letter letter) {
   if (auto* request = std::get_if<Request>(&letter))
     scheduler_->submit(std::move(*request));
+  else if (std::holds_alternative<ForgetPrefixes>(letter))
+    scheduler_->forget_prefixes();
   else if (auto aborted = scheduler_->cancel(std::get<Cancel>(letter).id))
     outbox_.post({std::move(*aborted)});
 }

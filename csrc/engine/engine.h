@@ -27,6 +27,8 @@ class Engine {
   void submit(Request request);
   // Takes effect before the next step; the request's last event is an ABORT. Unknown ids are ignored.
   void cancel(uint64_t id) { inbox_.post(Cancel{id}); }
+  // Empties the prefix cache of what no live request holds, before the next step.
+  void forget_prefixes() { inbox_.post(ForgetPrefixes{}); }
   int fileno() const { return outbox_.fileno(); }
   std::vector<Event> drain() { return outbox_.drain(); }
   Stats stats() const;
@@ -43,6 +45,7 @@ class Engine {
   void loop();
   void apply(Letter letter);
   std::vector<TokenLogprobs> score(const Batch& batch);
+  void pool(const Step& step, const Batch& batch);
   void publish_stats();
 
   EngineOptions options_;

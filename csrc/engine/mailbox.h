@@ -16,7 +16,8 @@ namespace engine {
 struct Cancel {
   uint64_t id;
 };
-using Letter = std::variant<Request, Cancel>;
+struct ForgetPrefixes {};
+using Letter = std::variant<Request, Cancel, ForgetPrefixes>;
 
 // Python → engine.
 class Inbox {

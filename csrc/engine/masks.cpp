@@ -13,7 +13,7 @@ void MaskDesk::post(const Step& step, Batch& batch) {
   std::vector<MaskDemand> demands;
   size_t logit_row = 0;
   for (const ScheduledSequence& scheduled : step) {
-    if (!catches_up(scheduled)) continue;
+    if (!samples(scheduled)) continue;
     SamplingRow& sampling = batch.sampling.at(logit_row++);
     Sequence& sequence = *scheduled.sequence;
     if (!sequence.params.constrained) continue;

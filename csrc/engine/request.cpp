@@ -74,6 +74,14 @@ void validate_stopping(const SamplingParams& params, int32_t vocab_size) {
   validate_repetition_detection(params.repetition_detection);
 }
 
+void validate_pooling(const SamplingParams& params) {
+  if (params.pooling == Pooling::NONE) return;
+  if (params.max_tokens != 0) refuse("max_tokens must be 0 with pooling, got ", params.max_tokens);
+  if (params.num_prompt_logprobs >= 0)
+    refuse("num_prompt_logprobs must be -1 with pooling, got ", params.num_prompt_logprobs);
+  if (params.constrained) refuse("constrained must be false with pooling");
+}
+
 }  // namespace
 
 void validate(const Request& request, int32_t vocab_size, int32_t max_model_len, int64_t cache_tokens) {
@@ -81,6 +89,7 @@ void validate(const Request& request, int32_t vocab_size, int32_t max_model_len,
   for (int32_t token : request.prompt) check_token("prompt", token, vocab_size);
   validate_sampling(request.params, vocab_size);
   validate_stopping(request.params, vocab_size);
+  validate_pooling(request.params);
 
   const auto prompt = static_cast<int64_t>(request.prompt.size());
   const int64_t max_tokens = request.params.max_tokens;

@@ -28,6 +28,7 @@ struct Event {
   std::vector<int32_t> tokens;          // new ones; none in an ABORT or ERROR event, or where max_tokens is 0
   std::vector<TokenLogprobs> logprobs;  // one entry per token when asked for, else empty
   std::vector<TokenLogprobs> prompt_logprobs;  // of all prompt tokens but the first; in the first event
+  std::vector<float> embedding;                // (hidden_size) of a pooling request, in its only event
   Finish finish = Finish::NONE;
   std::string error;              // for ERROR: why, where it is this request's own fault
   int32_t num_cached_tokens = 0;  // of the prompt, found in the prefix cache

@@ -92,11 +92,20 @@ Event make_event(const Sequence& sequence, Finish finish, double now) {
 
 }  // namespace
 
-ScoredRange scored_range(const ScheduledSequence& scheduled) {
+PromptRange scored_range(const ScheduledSequence& scheduled) {
   const Sequence& sequence = *scheduled.sequence;
   const int32_t begin = sequence.num_computed, end = begin + scheduled.num_tokens;
   const int32_t first = std::max(begin, sequence.num_scored);
   return {first, std::max(first, std::min(end, sequence.num_to_score()))};
+}
+
+PromptRange pooled_range(const ScheduledSequence& scheduled) {
+  const Sequence& sequence = *scheduled.sequence;
+  const int32_t begin = sequence.num_computed, end = begin + scheduled.num_tokens;
+  if (!sequence.pools()) return {end, end};
+  const bool all = sequence.params.pooling == Pooling::MEAN;
+  const int32_t first = std::max(begin, all ? sequence.num_pooled : sequence.num_prompt - 1);
+  return {first, std::max(first, end)};
 }
 
 Scheduler::Scheduler(const SchedulerOptions& options)
@@ -218,13 +227,11 @@ bool Scheduler::reserve_at_admission(Sequence& sequence) {
   return true;
 }
 
-// Fills the block table with the cached blocks of the sequence's prefix, without references. What still needs
-// logits is left to compute: the last token at least, and all that is to be scored.
+// Fills the block table with the cached blocks of the sequence's prefix, without references. What is still
+// wanted of tokens is left to compute.
 void Scheduler::find_cached_prefix(Sequence& sequence) {
   sequence.prefix = sequence.root;
-  const bool scored = sequence.num_scored == sequence.num_to_score();
-  const int32_t usable = scored ? sequence.size() - 1 : sequence.num_scored;
-  const int32_t limit = options_.enable_prefix_caching ? usable / kBlockSize : 0;
+  const int32_t limit = options_.enable_prefix_caching ? sequence.first_wanted() / kBlockSize : 0;
   for (int32_t i = 0; i < limit; ++i) {
     const int32_t block = pool_.find(key_of_block(sequence, i, sequence.prefix));
     if (block < 0) break;
@@ -258,16 +265,20 @@ void Scheduler::release(Sequence& sequence) {
 std::vector<Event> Scheduler::commit(const Step& step, std::span<Sampled> sampled,
                                      std::span<TokenLogprobs> scored, double now) {
   std::vector<Event> events;
-  events.reserve(sampled.size());
+  events.reserve(step.size());
   for (const ScheduledSequence& scheduled : step) {
-    const bool caught_up = catches_up(scheduled);
+    Sequence& sequence = *scheduled.sequence;
+    const bool sampling = samples(scheduled), ends = catches_up(scheduled) && !sampling;
     scored = take_scored(scheduled, scored);
-    scheduled.sequence->num_computed += scheduled.num_tokens;
-    if (!caught_up) continue;
-    check(events.size() < sampled.size(), "fewer tokens sampled than sequences caught up");
-    events.push_back(append(*scheduled.sequence, std::move(sampled[events.size()]), now));
+    if (pooled_range(scheduled).size() > 0) sequence.num_pooled = pooled_range(scheduled).last;
+    sequence.num_computed += scheduled.num_tokens;
+    if (ends) events.push_back(pool(sequence, now));
+    if (!sampling) continue;
+    check(!sampled.empty(), "fewer tokens sampled than sequences that sample");
+    events.push_back(append(sequence, std::move(sampled.front()), now));
+    sampled = sampled.subspan(1);
   }
-  check(events.size() == sampled.size(), "more tokens sampled than sequences caught up");
+  check(sampled.empty(), "more tokens sampled than sequences that sample");
   check(scored.empty(), "more tokens scored than asked for");
   remove_finished();
   ++stats_.num_steps;
@@ -284,6 +295,15 @@ std::span<TokenLogprobs> Scheduler::take_scored(const ScheduledSequence& schedul
   std::ranges::move(scored.first(count), std::back_inserter(sequence.prompt_logprobs));
   sequence.num_scored += static_cast<int32_t>(count);
   return scored.subspan(count);
+}
+
+Event Scheduler::pool(Sequence& sequence, double now) {
+  stats_.prompt_tokens += sequence.num_prompt;
+  sequence.finish = Finish::STOP;
+  Event event = make_event(sequence, sequence.finish, now);
+  const double count = sequence.params.pooling == Pooling::MEAN ? sequence.num_prompt : 1;
+  for (double sum : sequence.pooled) event.embedding.push_back(static_cast<float>(sum / count));
+  return event;
 }
 
 Event Scheduler::append(Sequence& sequence, Sampled sampled, double now) {
@@ -327,6 +347,10 @@ std::vector<Event> Scheduler::fail_all() {
   waiting_.clear();
   sequences_.clear();
   return events;
+}
+
+void Scheduler::forget_prefixes() {
+  pool_.forget_cached();
 }
 
 void Scheduler::fill(Stats& stats) const {

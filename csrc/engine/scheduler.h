@@ -39,17 +39,25 @@ struct ScheduledSequence {
 
 using Step = std::vector<ScheduledSequence>;
 
-// True when the step runs the sequence's last token, so that its next one can be sampled.
+// True when the step runs the sequence's last token.
 inline bool catches_up(const ScheduledSequence& scheduled) {
   return scheduled.sequence->num_computed + scheduled.num_tokens == scheduled.sequence->size();
 }
 
-// The tokens of the step whose logits score the prompt token that follows: [first, last).
-struct ScoredRange {
+// True when its next token is sampled then; one that pools is at its end instead.
+inline bool samples(const ScheduledSequence& scheduled) {
+  return catches_up(scheduled) && !scheduled.sequence->pools();
+}
+
+struct PromptRange {  // tokens [first, last) of a sequence, all of the step
   int32_t first, last;
   int32_t size() const { return last - first; }
 };
-ScoredRange scored_range(const ScheduledSequence& scheduled);
+// Those whose logits score the prompt token that follows.
+PromptRange scored_range(const ScheduledSequence& scheduled);
+// Those whose states the sequence's vector is made of. In order and once each, whatever the steps are and
+// however often it is preempted, so that their sum is always the same.
+PromptRange pooled_range(const ScheduledSequence& scheduled);
 
 // schedule() and commit() alternate; submit() and cancel() come between a commit and the next schedule.
 class Scheduler {
@@ -65,13 +73,15 @@ class Scheduler {
   // Never empty while busy(). A full block can be shared from here on, not from commit() on:
   // within a step the keys and values of a layer are all stored before attention reads any.
   Step schedule(double now);
-  // Takes one sampled token for each sequence that caught up in this step and the log-probabilities of what
-  // was scored (both in step order), finishes what is finished, and returns what happened.
+  // Takes one sampled token for each sequence that samples in this step and the log-probabilities of what was
+  // scored (both in step order), finishes what is finished, and returns what happened. The states of
+  // pooled_range() must have been added to the sequences.
   std::vector<Event> commit(const Step& step, std::span<Sampled> sampled, std::span<TokenLogprobs> scored,
                             double now);
   // Ends everything with ERROR, even in the middle of a step; used when the engine cannot go on.
   std::vector<Event> fail_all();
 
+  void forget_prefixes();         // of requests that have ended
   void fill(Stats& stats) const;  // all but alive and error
   void check_integrity() const;
 
@@ -93,6 +103,7 @@ class Scheduler {
   void release(Sequence& sequence);
   std::span<TokenLogprobs> take_scored(const ScheduledSequence& scheduled, std::span<TokenLogprobs> scored);
   Event append(Sequence& sequence, Sampled sampled, double now);
+  Event pool(Sequence& sequence, double now);
   void remove_finished();
 
   SchedulerOptions options_;

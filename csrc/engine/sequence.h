@@ -34,6 +34,8 @@ struct Sequence {
   double scheduled_time = 0;       // when it first ran
   std::vector<TokenLogprobs> prompt_logprobs;  // of those asked for, in the order of the prompt, until sent
   int32_t num_scored = 0;                      // how many there were
+  std::vector<double> pooled;                  // (hidden_size): sum of the states that make up its vector
+  int32_t num_pooled = 0;                      // leading prompt tokens whose states are in the sum
   std::vector<int32_t> repeats;  // [k]: output tokens up to the last one that equal the one k + 1 before
   Finish finish = Finish::NONE;
   // Of a constrained one (engine/masks.h):
@@ -45,6 +47,13 @@ struct Sequence {
   int32_t num_output() const { return size() - num_prompt; }
   // Prompt tokens that need a row of logits, for the log-probability of the token that follows.
   int32_t num_to_score() const { return params.num_prompt_logprobs < 0 ? 0 : num_prompt - 1; }
+  bool pools() const { return params.pooling != Pooling::NONE; }
+  // The first token that must be computed even if its keys and values are cached: logits or a state of it are
+  // still wanted. The last one's always are.
+  int32_t first_wanted() const {
+    if (num_scored < num_to_score()) return num_scored;
+    return params.pooling == Pooling::MEAN ? num_pooled : size() - 1;
+  }
 };
 
 }  // namespace engine

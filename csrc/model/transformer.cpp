@@ -94,17 +94,25 @@ int Transformer::max_logits() const {
 }
 
 // Only the rows that are read pass the final norm and the head, by far the widest multiply.
-float* Transformer::logits(std::span<const int32_t> rows) {
+float* Transformer::hidden(std::span<const int32_t> rows) {
   const ModelConfig& c = config_;
   Activations& a = *activations_;
   const auto n = static_cast<int>(rows.size());
-  check(n <= a.max_logits, "logits fit the activations");
-  if (n == 0) return a.logits->data;
+  check(n <= a.max_logits, "the rows fit the activations");
   const NormWeights& w = weights_->final_norm;
   float* last = a.last->data;
   device_.gather_rows(a.residual->data, rows, last, c.hidden_size);
   device_.norm(c.norm, c.norm_eps, w.weight->data, w.bias ? w.bias->data : nullptr, last, a.normed->data, n,
                c.hidden_size);
+  return a.normed->data;
+}
+
+float* Transformer::logits(std::span<const int32_t> rows) {
+  const ModelConfig& c = config_;
+  Activations& a = *activations_;
+  const auto n = static_cast<int>(rows.size());
+  if (n == 0) return a.logits->data;
+  hidden(rows);
   device_.linear(weights_->lm_head(), a.normed->data, a.logits->data, n);
   if (c.logit_scale != 1) device_.scale(a.logits->data, c.logit_scale, n, c.vocab_size);
   return a.logits->data;

@@ -47,6 +47,8 @@ class Transformer {
   float* forward(const Batch& batch);
   // The logits (rows.size(), vocab_size) of other tokens of the last batch, at most max_logits of them.
   float* logits(std::span<const int32_t> rows);
+  // Likewise their states behind the final norm, (rows.size(), hidden_size).
+  float* hidden(std::span<const int32_t> rows);
   int max_logits() const;
 
  private:

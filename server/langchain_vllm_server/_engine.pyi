@@ -69,6 +69,7 @@ class SamplingParams:
     logprob_token_ids: list[int]
     num_prompt_logprobs: int  # -1: none
     repetition_detection: tuple[int, int, int]  # max_pattern_size (0: off), min_pattern_size, min_count
+    pooling: str  # "" | "last" | "mean": a vector in place of tokens; max_tokens is 0 then
     priority: int
     cache_salt: str
     constrained: bool  # somebody must answer wait_masks()
@@ -86,6 +87,7 @@ class Event:
     tokens: list[int]
     logprobs: list[list[tuple[int, float, int]]]  # per token: (token, logprob, rank), the chosen one first
     prompt_logprobs: list[list[tuple[int, float, int]]]  # likewise, of all prompt tokens but the first
+    embedding: list[float]  # f32, hidden_size of them; of a pooling request
     finish: str  # "" | "stop" | "length" | "abort" | "error" | "repetition"
     error: str  # why, where an error is this request's own
     num_cached_tokens: int
@@ -124,6 +126,9 @@ class Engine:
         """
 
     def cancel(self, request_id: int) -> None: ...
+    def forget_prefixes(self) -> None:
+        """Empty the prefix cache of what no live request holds, before the next step."""
+
     def fileno(self) -> int:
         """Readable when `drain` has something."""
 

@@ -65,7 +65,7 @@ class Live:
             state = extend(state, token)
         output: list[int] = []
         if self.params.max_tokens == 0:
-            return output, "length"
+            return output, "stop" if self.params.pooling else "length"
         while True:
             output.append(sample(state))
             state = extend(state, output[-1])
@@ -100,6 +100,7 @@ class FakeEngine:
         self.live: list[int] = []  # in order of arrival
         self.cache: dict[tuple[int, int], int] = {}  # (block, slot) → state
         self.states: dict[int, list[int]] = {}  # per request, of each of its tokens
+        self.pooled: dict[int, list[int]] = {}  # per request, positions whose states went into its vector
         self.now = 0.0
 
     def submit(self, prompt: Sequence[int], **params: Any) -> int:
@@ -128,7 +129,11 @@ class FakeEngine:
             self._forward(scheduled)
         for scheduled in step:
             self._check_cache(scheduled)
-        tokens = [sample(self.states[s.id][-1]) for s in step if s.catches_up]
+        ran_tokens = [(s.id, s.num_computed + i) for s in step for i in range(s.num_tokens)]
+        for row in self.scheduler.make_batch()["pooling_rows"]:
+            request_id, position = ran_tokens[row]
+            self.pooled.setdefault(request_id, []).append(position)
+        tokens = [sample(self.states[s.id][-1]) for s in step if s.samples]
         self._receive(self.scheduler.commit(tokens, self.now + 0.5))
         self.scheduler.check_integrity()
         return ran
@@ -197,6 +202,10 @@ class FakeEngine:
             assert event.prompt_logprobs == (live.prompt[1:] if wanted else [])
             live.output += event.tokens
             live.events.append(event)
+            if live.params.pooling and event.finish == "stop":
+                positions = list(range(len(live.prompt)))
+                wanted_positions = positions if live.params.pooling == "mean" else positions[-1:]
+                assert self.pooled[event.request_id] == wanted_positions, "once each, in order"
             if event.finish:
                 self.live.remove(event.request_id)
 

@@ -23,6 +23,7 @@ def test_a_decode_and_a_chunk() -> None:
         "sampling": [(list(range(100, 120)), 20, 20, 11)],
         "scoring_rows": [],
         "scoring": [],
+        "pooling_rows": [],
     }
     scheduler.commit([7])
     scheduler.submit(2, list(range(200, 250)), sampling(max_tokens=5, seed=22))
@@ -36,6 +37,7 @@ def test_a_decode_and_a_chunk() -> None:
         "sampling": [([*range(100, 120), 7], 20, 21, 11)],
         "scoring_rows": [],
         "scoring": [],
+        "pooling_rows": [],
     }
     scheduler.commit([8])
     step = scheduler.schedule()
@@ -58,6 +60,21 @@ def test_prompt_tokens_are_scored_behind_those_before_them() -> None:
     assert batch["scoring"] == [(token, 3) for token in range(112, 120)], "nothing follows the last token yet"
     assert (batch["scoring_rows"], batch["logit_rows"]) == (list(range(1, 9)), [0, 9])
     assert [event.prompt_logprobs for event in scheduler.commit([8, 9])] == [[], list(range(101, 120))]
+
+
+def test_states_are_pooled_of_every_token_or_the_last_one_and_nothing_is_sampled() -> None:
+    scheduler = Scheduler(num_blocks=20, max_num_batched_tokens=12)
+    scheduler.submit(1, [1], sampling(max_tokens=5))
+    scheduler.submit(2, list(range(14)), sampling(max_tokens=0, pooling="mean"))
+    scheduler.submit(3, list(range(5)), sampling(max_tokens=0, pooling="last"))
+    scheduler.schedule()
+    assert scheduler.make_batch()["pooling_rows"] == list(range(1, 12))
+    assert scheduler.commit([7])[0].finish == ""
+    scheduler.schedule()
+    batch = scheduler.make_batch()
+    assert [num for _, num, _, _ in batch["sequences"]] == [1, 3, 5]
+    assert (batch["pooling_rows"], batch["logit_rows"]) == ([1, 2, 3, 8], [0])
+    assert [(event.request_id, event.finish) for event in scheduler.commit([7])] == [(1, ""), (2, "stop"), (3, "stop")]
 
 
 def test_a_full_block_is_the_last_one_named() -> None:

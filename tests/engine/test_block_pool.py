@@ -106,6 +106,14 @@ class BlockPoolMachine(RuleBasedStateMachine):
             else:
                 self.empty.append(block)  # holds nothing of use
 
+    @rule()
+    def forget_cached(self) -> None:
+        self.pool.forget_cached()
+        for key in [key for key, cached in self.cached.items() if cached in self.idle]:
+            del self.cached[key], self.ids[key]
+        self.empty += self.idle
+        self.idle = []
+
     @invariant()
     def agrees(self) -> None:
         self.pool.check_integrity(self.tables)

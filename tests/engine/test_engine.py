@@ -54,6 +54,8 @@ def test_two_hundred_at_once_on_a_small_cache(model: Path) -> None:
     """All finish, cancelled ones at once, and every result is the one that the request gives alone."""
     rng = random.Random(1)
     requests = [random_request(rng) for _ in range(200)]
+    for i in rng.sample(range(200), 40):
+        requests[i] = requests[i][0], {"max_tokens": 0, "pooling": rng.choice(["last", "mean"])}
     with running_engine(model, **SMALL, enable_prefix_caching=False) as client:
         alone = [client.generate(prompt, **params) for prompt, params in requests]
         assert client.engine.stats().num_preemptions == 0
@@ -75,7 +77,7 @@ def test_two_hundred_at_once_on_a_small_cache(model: Path) -> None:
             assert one.tokens[: len(among.tokens)] == among.tokens
         else:
             assert (among.tokens, among.logprobs, among.finish) == (one.tokens, one.logprobs, one.finish)
-            assert among.prompt_logprobs == one.prompt_logprobs
+            assert (among.prompt_logprobs, among.embedding) == (one.prompt_logprobs, one.embedding)
 
 
 def test_prompt_logprobs_do_not_depend_on_chunks_or_the_cache(model: Path) -> None:
@@ -93,6 +95,38 @@ def test_prompt_logprobs_do_not_depend_on_chunks_or_the_cache(model: Path) -> No
             assert answers.logprobs[0][0] == likeliest[39]
     assert all(result.prompt_logprobs == results[0].prompt_logprobs for result in results)
     assert [row[0][0] for row in results[0].prompt_logprobs] == prompt[1:]
+
+
+def test_vectors_do_not_depend_on_chunks_the_cache_or_neighbours(model: Path) -> None:
+    rng = random.Random(6)
+    prompts = [rng.choices(range(VOCAB), k=100), rng.choices(range(VOCAB), k=1)]
+    vectors: list[list[list[float]]] = []
+    for steps in ({}, {"max_num_batched_tokens": 7, "max_num_seqs": 3}, {"enable_prefix_caching": False}):
+        with running_engine(model, **{**SMALL, **steps}) as client:
+            for busy in (False, True):
+                if busy:
+                    client.submit([3, 4, 5], max_tokens=60)
+                ids = [client.submit(p, max_tokens=0, pooling=kind) for p in prompts for kind in ("last", "mean")]
+                results = client.wait(*ids)
+                assert [(r.finish, r.tokens) for r in results] == [("stop", [])] * 4
+                assert results[1].num_cached_tokens == 0
+                vectors.append([result.embedding for result in results])
+    assert all(one == vectors[0] for one in vectors)
+    last, mean, *single = vectors[0]
+    assert single[0] == single[1] != last != mean
+
+
+def test_vectors_are_the_model_s(tmp_path: Path) -> None:
+    """As near to the float64 truth as f32 states are, their mean included."""
+    reference = make_llama(tmp_path)
+    prompt = random.Random(5).choices(range(VOCAB), k=90)
+    with running_engine(tmp_path, **SMALL) as client:
+        last, mean = (client.generate(prompt, max_tokens=0, pooling=kind).embedding for kind in ("last", "mean"))
+    single, truth = (reference.states(prompt, dtype) for dtype in (torch.float32, torch.float64))
+    # As assert_as_exact: four times the reference's own error, or four roundings of the largest number.
+    bound = 4 * max(float((single - truth).abs().max()), float(truth.abs().max()) * 2**-21)
+    assert float((torch.tensor(last, dtype=torch.float64) - truth[-1]).abs().max()) <= bound
+    assert float((torch.tensor(mean, dtype=torch.float64) - truth.mean(0)).abs().max()) <= bound
 
 
 def test_prompt_logprobs_are_the_model_s(tmp_path: Path) -> None:

@@ -77,6 +77,12 @@ def test_the_ends_of_each_range_are_allowed(params: dict[str, Any]) -> None:
         ({"max_tokens": 5, "min_tokens": 6}, r"^min_tokens must be between 0 and 5, got 6$"),
         ({"min_tokens": -1}, r"^min_tokens must be between 0 and 16, got -1$"),
         ({"stop_token_ids": [1, -1]}, r"^stop_token_ids must be token ids between 0 and 49, got -1$"),
+        ({"pooling": "mean", "max_tokens": 1}, r"^max_tokens must be 0 with pooling, got 1$"),
+        (
+            {"pooling": "last", "max_tokens": 0, "num_prompt_logprobs": 0},
+            r"^num_prompt_logprobs must be -1 with pooling, got 0$",
+        ),
+        ({"pooling": "last", "max_tokens": 0, "constrained": True}, r"^constrained must be false with pooling$"),
         ({"prompt": ()}, r"^prompt must hold at least one token$"),
         ({"prompt": (1, 50)}, r"^prompt must be token ids between 0 and 49, got 50$"),
         ({"prompt": (-1,)}, r"^prompt .* got -1$"),

@@ -30,6 +30,9 @@ def submit_random(engine: FakeEngine, rng: random.Random) -> None:
     ]
     prompt = (shared + random_tokens(length, seed=rng.getrandbits(32)))[:length]
     for _ in range(rng.choice([1, 1, 1, 4])):
+        if rng.random() < 0.2:
+            engine.submit(prompt, max_tokens=0, pooling=rng.choice(["last", "mean"]), cache_salt=rng.choice(["", "a"]))
+            continue
         max_tokens = rng.randint(0, capacity - length)
         engine.submit(
             prompt,
@@ -72,7 +75,7 @@ def assert_all_as_alone(engine: FakeEngine) -> None:
     assert stats["num_running"] == stats["num_waiting"] == 0
     assert stats["generation_tokens"] == sum(len(r.output) for r in engine.requests.values())
     assert stats["prompt_tokens"] == sum(
-        len(r.prompt) for r in engine.requests.values() if r.output or r.finish == "length"
+        len(r.prompt) for r in engine.requests.values() if r.output or r.finish in ("length", "stop")
     )
     assert stats["prefix_cache_hits"] == sum(r.events[0].num_cached_tokens for r in engine.requests.values())
 
@@ -362,6 +365,39 @@ def test_scored_prompts_are_computed_whole_and_cached_for_others() -> None:
     for scored in (False, True, False):
         live = engine.generate(prompt, num_prompt_logprobs=0 if scored else -1, max_tokens=2)
         assert live.events[0].num_cached_tokens == (32 if live is not engine.requests[0] and not scored else 0)
+
+
+@pytest.mark.parametrize(("pooling", "num_cached"), [("last", 32), ("mean", 0)])
+def test_a_mean_needs_every_token_and_the_last_one_only_itself(pooling: str, num_cached: int) -> None:
+    engine = FakeEngine(num_blocks=10, max_num_batched_tokens=16)
+    prompt = random_tokens(40)
+    for expected in (0, num_cached):
+        (event,) = engine.generate(prompt, max_tokens=0, pooling=pooling).events
+        assert (event.finish, event.num_cached_tokens) == ("stop", expected)
+    assert engine.generate(prompt, max_tokens=1).events[0].num_cached_tokens == 32
+
+
+@pytest.mark.parametrize("enable_prefix_caching", [False, True])
+def test_a_mean_goes_on_where_it_was_preempted(enable_prefix_caching: bool) -> None:
+    engine = FakeEngine(num_blocks=8, max_num_batched_tokens=4, enable_prefix_caching=enable_prefix_caching)
+    engine.submit(random_tokens(16), max_tokens=60)
+    engine.submit(random_tokens(70, seed=1), max_tokens=0, pooling="mean")  # the fake engine checks what it pools
+    engine.run()
+    assert engine.scheduler.stats()["num_preemptions"] > 0
+
+
+def test_forgotten_prefixes_are_computed_again_and_live_ones_kept() -> None:
+    engine = FakeEngine(num_blocks=10)
+    prompt = random_tokens(40)
+    engine.generate(prompt, max_tokens=1)
+    engine.scheduler.forget_prefixes()
+    assert engine.generate(prompt, max_tokens=1).events[0].num_cached_tokens == 0
+    running = engine.submit(prompt, max_tokens=3)
+    engine.step()
+    engine.scheduler.forget_prefixes()
+    engine.scheduler.check_integrity()
+    engine.run()
+    assert engine.requests[running].finish == "length"
 
 
 def test_without_tokens_to_generate_a_prompt_is_read_and_no_more() -> None:

@@ -37,6 +37,11 @@ class Reference:
         with torch.no_grad():
             return self.model.to(dtype)(torch.tensor([tokens])).logits[0].double().numpy()
 
+    def states(self, tokens: list[int], dtype: torch.dtype) -> torch.Tensor:
+        """Likewise the states (len(tokens), hidden_size) behind the final norm, in float64."""
+        with torch.no_grad():
+            return self.model.to(dtype).model(torch.tensor([tokens])).last_hidden_state[0].double()  # type: ignore[operator,union-attr]
+
 
 def save(model: torch.nn.Module, folder: Path, dtype: torch.dtype) -> Reference:
     """Save the model in `dtype`; the reference keeps the rounded weights, and its rotary frequencies unrounded."""
