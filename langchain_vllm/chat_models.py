@@ -11,37 +11,29 @@ from langchain_core.utils.function_calling import convert_to_openai_tool
 from langchain_openai.chat_models.base import BaseChatOpenAI
 from pydantic import Field, PrivateAttr, SecretStr, model_validator
 
-from langchain_vllm import __version__
+from langchain_vllm import __version__, _request, _structured_output, _translator
+from langchain_vllm._answers import StreamState, keep_reasoning, metadata, other_choice
 from langchain_vllm._connection import NO_KEY, Connection, base_url_from_env
+from langchain_vllm._parameters import ChatParameters
+from langchain_vllm._translator import PROVIDER
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
+    from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 
     import openai
     from langchain_core.language_models import LangSmithParams, LanguageModelInput
     from langchain_core.language_models.model_profile import ModelProfile
     from langchain_core.messages import AIMessage, BaseMessage
     from langchain_core.outputs import ChatGenerationChunk, ChatResult
+    from langchain_core.runnables import Runnable
     from langchain_core.tools import BaseTool
 
     from langchain_vllm.launcher import VLLMServer
 
-PROVIDER = "vllm"
-
-_SAMPLING_FIELDS = (
-    "top_k",
-    "min_p",
-    "repetition_penalty",
-    "min_tokens",
-    "ignore_eos",
-    "stop_token_ids",
-    "include_stop_str_in_output",
-    "skip_special_tokens",
-    "chat_template_kwargs",
-)
+_translator.register()
 
 
-class ChatVLLM(BaseChatOpenAI):
+class ChatVLLM(ChatParameters, BaseChatOpenAI):
     """Chat model served by vLLM, or by this package's own engine.
 
     Setup:
@@ -108,28 +100,17 @@ class ChatVLLM(BaseChatOpenAI):
     root_client: Any = Field(default=None, exclude=True, repr=False)
     root_async_client: Any = Field(default=None, exclude=True, repr=False)
 
-    top_k: int | None = None
-    """Sample among the `top_k` likeliest tokens; 0 or -1 for all."""
-    min_p: float | None = None
-    """Leave out tokens less likely than `min_p` times the likeliest, 0 to 1."""
-    repetition_penalty: float | None = None
-    """Divides the logits of tokens seen in prompt and answer; above 1 discourages repetition."""
-    min_tokens: int | None = None
-    """Neither an end token nor a stop token before this many tokens."""
-    ignore_eos: bool | None = None
-    """Go on after the end token until `max_tokens`."""
-    stop_token_ids: list[int] | None = None
-    """End the answer at any of these tokens."""
-    include_stop_str_in_output: bool | None = None
-    """Keep the stop string in the answer."""
-    skip_special_tokens: bool | None = None
-    """Leave special tokens out of the text; the server's default is true."""
-    chat_template_kwargs: dict[str, Any] | None = None
-    """Variables for the chat template, such as `{"enable_thinking": False}`."""
+    enable_thinking: bool | None = None
+    """Whether a model that can do either reasons first: the template variables `enable_thinking` and `thinking`."""
+    replay_reasoning: bool = False
+    """Send the reasoning of earlier answers back with the conversation, for models whose template wants it."""
+    reasoning_tags: tuple[str, str] | None = ("<think>", "</think>")
+    """What encloses reasoning in the text of a server without a reasoning parser; None leaves it in the text."""
     server_options: dict[str, Any] = Field(default_factory=dict)
     """Arguments for the managed server, see `VLLMServer`; only without `base_url`."""
 
     _connection: Connection = PrivateAttr()
+    _stream_state: StreamState | None = PrivateAttr(default=None)
 
     @property
     def lc_secrets(self) -> dict[str, str]:
@@ -153,7 +134,13 @@ class ChatVLLM(BaseChatOpenAI):
     def _resolve_model_profile(self) -> ModelProfile | None:
         return None  # the base class would look the name up among OpenAI's models
 
-    # The next two replace validators of the base class, by having their names.
+    # The next three replace validators of the base class, by having their names.
+
+    @model_validator(mode="before")
+    @classmethod
+    def build_extra(cls, values: dict[str, Any]) -> Any:
+        """Refuse unknown arguments; the base class would send them, and the SDK then refuse the call."""
+        return _request.constructor_arguments(cls, values)
 
     @model_validator(mode="before")
     @classmethod
@@ -216,24 +203,20 @@ class ChatVLLM(BaseChatOpenAI):
             self.async_client = connection.async_client.chat.completions
         return connection
 
-    @property
-    def _default_params(self) -> dict[str, Any]:
-        params = super()._default_params
-        fields = {name: value for name in _SAMPLING_FIELDS if (value := getattr(self, name)) is not None}
-        if extra := {**fields, **(self.extra_body or {})}:
-            params["extra_body"] = extra
-        return params
-
     def _get_request_payload(
         self, input_: LanguageModelInput, *, stop: list[str] | None = None, **kwargs: Any
     ) -> dict[str, Any]:
         """The request. vLLM's fields travel in `extra_body`; a call's override the object's one by one, None unsets."""
-        fields = {name: kwargs.pop(name) for name in _SAMPLING_FIELDS if name in kwargs}
-        extra = kwargs.pop("extra_body", None) or {}
-        payload: dict[str, Any] = super()._get_request_payload(input_, stop=stop, **kwargs)
-        merged = {**payload.pop("extra_body", {}), **fields, **extra}
-        if given := {name: value for name, value in merged.items() if value is not None}:
-            payload["extra_body"] = given
+        call = _request.call_arguments(kwargs)
+        extra = _request.extra_body(self, call)
+        messages = self._convert_input(input_).to_messages()
+        plain = {name: value for name, value in call.items() if name not in _request.EXTRA}
+        payload: dict[str, Any] = super()._get_request_payload(_request.with_media(messages), stop=stop, **plain)
+        _request.move_extra(payload, extra)
+        if self.replay_reasoning:
+            _request.replay_reasoning(messages, payload["messages"])
+        if self._stream_state and self._stream_state.options:
+            payload["stream_options"] = {**payload.get("stream_options", {}), **self._stream_state.options}
         payload["model"] = payload["model"] or self._connection.served_model
         return payload
 
@@ -246,36 +229,135 @@ class ChatVLLM(BaseChatOpenAI):
             return await super()._agenerate(*args, **kwargs)
 
     def _stream(self, *args: Any, **kwargs: Any) -> Iterator[ChatGenerationChunk]:
-        with self._connect().explained():
-            yield from super()._stream(*args, **kwargs)
+        connection = self._connect()
+        with connection.explained():
+            yield from super(ChatVLLM, self._for_stream(kwargs))._stream(*args, **kwargs)
 
     async def _astream(self, *args: Any, **kwargs: Any) -> AsyncIterator[ChatGenerationChunk]:
         connection = await self._aconnect()
+        stream = super(ChatVLLM, self._for_stream(kwargs))._astream(*args, **kwargs)
         # Closed with this generator, and not when it is garbage-collected: that is what cancels the request.
-        stream = cast("AsyncGenerator[ChatGenerationChunk]", super()._astream(*args, **kwargs))
         with connection.explained():
-            async with aclosing(stream) as chunks:
+            async with aclosing(cast("AsyncGenerator[ChatGenerationChunk]", stream)) as chunks:
                 async for chunk in chunks:
                     yield chunk
+
+    def _for_stream(self, kwargs: dict[str, Any]) -> Self:
+        """The model with the state of one stream, for the methods that the base class calls for every chunk."""
+        one = self.model_copy()
+        options = {**self.model_kwargs.get("stream_options", {}), **(kwargs.get("stream_options") or {})}
+        one._stream_state = StreamState(self.reasoning_tags, options)
+        return one
 
     def _create_chat_result(
         self, response: dict[str, Any] | openai.BaseModel, generation_info: dict[str, Any] | None = None
     ) -> ChatResult:
-        result = super()._create_chat_result(response, generation_info)
-        answer = response if isinstance(response, dict) else response.model_dump(include={"choices"}, warnings=False)
+        result = super()._create_chat_result(response, dict(generation_info or {}))
+        answer = response if isinstance(response, dict) else response.model_dump(warnings=False)
         for generation, choice in zip(result.generations, answer["choices"], strict=True):
-            _keep_reasoning(generation.message, choice["message"])
+            keep_reasoning(generation.message, choice["message"], self.reasoning_tags)
+            # The base class shares one dictionary among all choices.
+            told = {name: choice.get(name) for name in ("finish_reason", "logprobs") if name in choice}
+            generation.generation_info = {**(generation_info or {}), **told, **metadata(answer, choice)}
+            generation.message.response_metadata["model_provider"] = PROVIDER
         result.llm_output = {**(result.llm_output or {}), "model_provider": PROVIDER}
         return result
 
     def _convert_chunk_to_generation_chunk(
         self, chunk: dict[str, Any], default_chunk_class: type, base_generation_info: dict[str, Any] | None
     ) -> ChatGenerationChunk | None:
-        generation = super()._convert_chunk_to_generation_chunk(chunk, default_chunk_class, base_generation_info)
-        if generation is not None and (choices := chunk.get("choices")):
-            _keep_reasoning(generation.message, choices[0]["delta"])
-            generation.message.response_metadata["model_provider"] = PROVIDER
+        state = self._stream_state or StreamState(self.reasoning_tags)
+        choices = [state.normalized(choice) for choice in chunk.get("choices") or []]
+        nothing: dict[str, Any] = {"index": 0, "delta": {}}
+        first = next((choice for choice in choices if choice["index"] == 0), nothing)
+        # A server may repeat the usage so far in every chunk; what counts is the last chunk, without choices.
+        plain = {**chunk, "choices": [first], "usage": None} if choices else chunk
+        generation = super()._convert_chunk_to_generation_chunk(plain, default_chunk_class, base_generation_info)
+        if generation is None:
+            return None
+        message = generation.message
+        message.response_metadata["model_provider"] = PROVIDER
+        if reasoning := first["delta"].get("reasoning"):
+            message.additional_kwargs["reasoning_content"] = reasoning
+        if others := [other_choice(choice) for choice in choices if choice["index"]]:
+            message.additional_kwargs["choices"] = others
+        generation.generation_info = {**(generation.generation_info or {}), **metadata(chunk, first)} or None
         return generation
+
+    def bind_tools(
+        self,
+        tools: Sequence[dict[str, Any] | type | Callable[..., Any] | BaseTool],
+        *,
+        tool_choice: dict[str, Any] | str | bool | None = None,
+        response_format: Any = None,
+        **kwargs: Any,
+    ) -> Runnable[LanguageModelInput, AIMessage]:
+        """Offer tools to the model.
+
+        Args:
+            tools: Functions, `@tool`s, pydantic classes, TypedDicts, or OpenAI's dictionaries.
+            tool_choice: "auto", "none", "any" or "required" or True (at least one call), or the name of a tool.
+            response_format: What an answer without a call has to fit: a schema, or OpenAI's `response_format`.
+            kwargs: `strict`, `parallel_tool_calls`, and arguments for the calls.
+
+        Raises:
+            ValueError: `tool_choice` names no tool.
+        """
+        if response_format is not None:
+            kwargs["response_format"] = _structured_output.response_format(response_format)
+        _request.check_tool_choice(tools, tool_choice)
+        return super().bind_tools(tools, tool_choice=tool_choice, **kwargs)
+
+    def with_structured_output(
+        self,
+        schema: Any = None,
+        *,
+        method: _structured_output.Method | None = None,
+        include_raw: bool = False,
+        strict: bool | None = None,
+        include_format_instructions: bool = False,
+        tools: Sequence[Any] | None = None,
+        **kwargs: Any,
+    ) -> Runnable[LanguageModelInput, Any]:
+        """Hold answers to a schema; the server keeps every token to it.
+
+        Args:
+            schema: A pydantic class (1 or 2), a TypedDict or a JSON schema; an Enum, a Literal or a list of strings to
+                choose from; a regular expression; a grammar (text).
+            method: "json_schema" (the default for classes and dictionaries), "function_calling", "json_mode" (any JSON
+                object), "choice" (the default for Enum, Literal and lists), "regex" (the default for compiled ones),
+                or "grammar".
+            include_raw: Give a dictionary of `raw` (the message), `parsed` and `parsing_error`, and raise no error
+                about an answer that does not fit, for example one cut off at `max_tokens`.
+            strict: As in OpenAI's API; of JSON schema and function calling.
+            include_format_instructions: Tell the model the JSON schema in the system message. Otherwise it does not see
+                the descriptions in it, but is only kept from answering anything else.
+            tools: Tools to offer besides, with "json_schema"; an answer that calls them is None here.
+            kwargs: Arguments for the calls.
+
+        Raises:
+            ValueError, TypeError: The schema and the method don't go together.
+        """
+        method = method or _structured_output.method_for(schema)
+        if method == "function_calling":
+            if include_format_instructions:
+                raise ValueError("include_format_instructions is not for function_calling: templates show the tools.")
+            return super().with_structured_output(
+                schema,
+                method=method,
+                include_raw=include_raw,
+                strict=strict,
+                tools=list(tools) if tools else None,
+                **kwargs,
+            )
+        asked, parser = _structured_output.request(method, schema, strict)
+        if tools:
+            asked["tools"] = [convert_to_openai_tool(tool, strict=strict) for tool in tools]
+        llm: Runnable[Any, Any] = self.bind(**asked, **kwargs)
+        if include_format_instructions:
+            to_messages = _structured_output.instructed(method, schema, lambda x: self._convert_input(x).to_messages())
+            llm = to_messages | llm
+        return _structured_output.parsed(llm, parser, include_raw)
 
     def get_token_ids(self, text: str) -> list[int]:
         """The token ids of `text` alone, from the server."""
@@ -304,18 +386,11 @@ class ChatVLLM(BaseChatOpenAI):
         body = {"messages": payload["messages"]}
         if tools:
             body["tools"] = [convert_to_openai_tool(tool) for tool in tools]
-        if template := payload.get("extra_body", {}).get("chat_template_kwargs"):
-            body["chat_template_kwargs"] = template
+        extra = payload.get("extra_body", {})
+        body |= {name: extra[name] for name in _request.OF_PROMPT if name in extra}
         return int(self._connection.tokenize(**body)["count"])
 
     def __call__(self, messages: LanguageModelInput, stop: list[str] | None = None, **kwargs: Any) -> AIMessage:
         """What LangChain's models did before `invoke`, for code of that time."""
         warnings.warn("Calling the model is deprecated: use llm.invoke(messages).", DeprecationWarning, stacklevel=2)
         return self.invoke(messages, stop=stop, **kwargs)
-
-
-def _keep_reasoning(message: BaseMessage, answer: Mapping[str, Any] | None) -> None:
-    """Keep what LangChain makes reasoning blocks of: vLLM's `reasoning`, which older vLLM calls `reasoning_content`."""
-    answer = answer or {}
-    if reasoning := answer.get("reasoning") or answer.get("reasoning_content"):
-        message.additional_kwargs["reasoning_content"] = reasoning

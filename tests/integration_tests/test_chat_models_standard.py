@@ -1,4 +1,4 @@
-"""LangChain's own integration tests for chat models, on our server: what it has so far."""
+"""LangChain's own integration tests for chat models, on our server."""
 
 from __future__ import annotations
 
@@ -25,18 +25,12 @@ class TestChatVLLM(ChatModelIntegrationTests):
 
     @property
     def chat_model_params(self) -> dict[str, Any]:
-        return {"model": MODEL, "temperature": 0, "max_tokens": 32}
+        return {"model": MODEL, "temperature": 0, "max_tokens": 256}
 
     @property
     def model_override_value(self) -> str:
         return ALIAS
 
-    # The server has neither tools nor constrained decoding yet.
-
     @property
-    def has_tool_calling(self) -> bool:
-        return False
-
-    @property
-    def has_structured_output(self) -> bool:
-        return False
+    def supports_json_mode(self) -> bool:
+        return True
