@@ -379,9 +379,9 @@ def test_a_mean_needs_every_token_and_the_last_one_only_itself(pooling: str, num
 
 @pytest.mark.parametrize("enable_prefix_caching", [False, True])
 def test_a_mean_goes_on_where_it_was_preempted(enable_prefix_caching: bool) -> None:
-    engine = FakeEngine(num_blocks=8, max_num_batched_tokens=4, enable_prefix_caching=enable_prefix_caching)
+    engine = FakeEngine(num_blocks=12, max_num_batched_tokens=4, enable_prefix_caching=enable_prefix_caching)
     engine.submit(random_tokens(16), max_tokens=60)
-    engine.submit(random_tokens(70, seed=1), max_tokens=0, pooling="mean")  # the fake engine checks what it pools
+    engine.submit(random_tokens(140, seed=1), max_tokens=0, pooling="mean")  # the fake engine checks what it pools
     engine.run()
     assert engine.scheduler.stats()["num_preemptions"] > 0
 
