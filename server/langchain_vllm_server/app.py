@@ -5,7 +5,7 @@ from __future__ import annotations
 import hmac
 import logging
 import uuid
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -14,21 +14,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from langchain_vllm_server import metrics
-from langchain_vllm_server.chat import create_chat_completion
-from langchain_vllm_server.completions import create_completion
 from langchain_vllm_server.errors import BadRequestError, RequestError
-from langchain_vllm_server.models_api import model_card, model_list
-from langchain_vllm_server.protocol import (
-    ChatCompletionRequest,
-    CompletionRequest,
-    DetokenizeRequest,
-    GenerationRequest,
-    TokenizeRequest,
-    decode,
-)
+from langchain_vllm_server.protocol import GenerationRequest, decode
 from langchain_vllm_server.responses import ClientDisconnect, json_response, until_disconnect
-from langchain_vllm_server.tokenize import detokenize, tokenize
+from langchain_vllm_server.routes import OPERATIONS, PAGES
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
@@ -37,6 +26,7 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp, Receive, Scope, Send
 
     from langchain_vllm_server.generation import Service
+    from langchain_vllm_server.routes import Operation, Page
 
     Endpoint = Callable[[Request], Awaitable[Response]]
 
@@ -93,56 +83,30 @@ class ApiKeys:
 
 
 def _routes(service: Service) -> list[Route]:
-    model = service.model
-
-    async def health(_request: Request) -> Response:
-        problem = service.engine.problem()
-        return json_response({"status": "unhealthy", "error": problem}, 503) if problem else Response(status_code=200)
-
-    async def version(_request: Request) -> Response:
-        return json_response({"version": model.version})
-
-    async def models(_request: Request) -> Response:
-        return json_response(model_list(model))
-
-    async def one_model(request: Request) -> Response:
-        return json_response(model_card(model, model.check_name(request.path_params["name"])))
-
-    async def prometheus(_request: Request) -> Response:
-        text = service.metrics.render(service.engine.stats())
-        return Response(text, headers={"content-type": metrics.CONTENT_TYPE})
-
-    return [
-        Route("/health", health),
-        Route("/ping", health, methods=["GET", "POST"]),
-        Route("/version", version),
-        Route("/metrics", prometheus),
-        Route("/v1/models", models),
-        Route("/v1/models/{name:path}", one_model),
-        Route("/v1/chat/completions", _post(service, ChatCompletionRequest, create_chat_completion), methods=["POST"]),
-        Route("/v1/completions", _post(service, CompletionRequest, create_completion), methods=["POST"]),
-        Route("/tokenize", _post(service, TokenizeRequest, tokenize), methods=["POST"]),
-        Route("/detokenize", _post(service, DetokenizeRequest, detokenize), methods=["POST"]),
-    ]
+    pages = [Route(page.path, _get(service, page), methods=list(page.methods)) for page in PAGES]
+    return pages + [Route(operation.path, _post(service, operation), methods=["POST"]) for operation in OPERATIONS]
 
 
-def _post(
-    service: Service,
-    type: type[R],  # noqa: A002
-    answer: Callable[[Service, R, str], Awaitable[Response | dict[str, Any]]],
-) -> Endpoint:
+def _get(service: Service, page: Page) -> Endpoint:
+    async def endpoint(request: Request) -> Response:
+        return await page.answer(service, request)
+
+    return endpoint
+
+
+def _post(service: Service, operation: Operation) -> Endpoint:
     """The endpoint that decodes a request, answers it, and gives up when the client does."""
 
     async def endpoint(request: Request) -> Response:
         try:
-            body = _with_headers(decode(await _read_body(request), type), request)
-            result = await until_disconnect(request.receive, _answer(body, request))
+            body = await _read_body(request)
+            wanted = operation.of(body)
+            decoded = _with_headers(decode(body, wanted.request), request)
+            answer = wanted.answer(service, decoded, _request_id(request, decoded))
+            result = await until_disconnect(request.receive, answer)
         except (ClientDisconnect, BodyDisconnect):
             return Response(status_code=499)  # nobody reads it
         return result if isinstance(result, Response) else json_response(result)
-
-    async def _answer(body: R, request: Request) -> Response | dict[str, Any]:
-        return await answer(service, body, _request_id(request, body))
 
     return endpoint
 

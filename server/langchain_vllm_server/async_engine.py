@@ -145,6 +145,18 @@ class AsyncEngine:
         """The engine's counters."""
         return self._engine.stats()
 
+    @property
+    def num_requests(self) -> int:
+        """HTTP requests that wait for the engine."""
+        return len({id(stream) for stream, _ in self._routes.values()})
+
+    def forget_prefixes(self) -> bool:
+        """Empty the prefix cache. False, and nothing is done, while requests run: they use it."""
+        if self._routes:
+            return False
+        self._engine.forget_prefixes()
+        return True
+
     def problem(self) -> str | None:
         """Why the engine cannot serve; None when it can."""
         stats = self._engine.stats()

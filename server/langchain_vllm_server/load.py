@@ -105,6 +105,7 @@ def served_model(settings: Settings, checkpoint: Checkpoint, max_model_len: int)
         version=_engine.__version__,
         tokenizer=tokenizer,
         vocab_size=checkpoint.spec.vocab_size,
+        hidden_size=checkpoint.spec.hidden_size,
         max_model_len=max_model_len,
         eos_token_ids=tuple(checkpoint.eos_token_ids),
         chat_template=None if source is None else _template(source, tokenizer),

@@ -9,13 +9,13 @@ from __future__ import annotations
 import time
 from bisect import bisect_left
 from collections import Counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from langchain_vllm_server._engine import Stats
-    from langchain_vllm_server.generation import Choice
+    from langchain_vllm_server.generation import Choice, Clock
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -31,6 +31,16 @@ _REQUEST = (
     *(960.0, 1920.0, 7680.0),
 )
 _FINISHED = ("stop", "length", "abort", "error", "repetition")
+
+
+class Ended(Protocol):
+    """A sequence that has ended, as it is counted."""
+
+    finish_reason: str | None
+    num_prompt_tokens: int
+    num_cached_tokens: int
+    num_tokens: int
+    clock: Clock
 
 
 class Histogram:
@@ -99,7 +109,7 @@ class Metrics:
         else:
             self.inter_token.observe(clock.last_token - previous)
 
-    def finished(self, choice: Choice) -> None:
+    def finished(self, choice: Ended) -> None:
         """A choice has ended, for its `finish_reason`."""
         self._success[choice.finish_reason or "abort"] += 1
         clock = choice.clock

@@ -213,13 +213,7 @@ T = TypeVar("T", bound=msgspec.Struct)
 
 def decode(body: bytes, type: type[T]) -> T:  # noqa: A002
     """Decode and check the types of a JSON body. Raises RequestError (400) that names the field."""
-    try:
-        raw = msgspec.json.decode(body)
-    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
-        raise _invalid(f"the body is not valid JSON: {error}") from None
-    if not isinstance(raw, dict):
-        raise _invalid("the body must be a JSON object")
-    raw = {name: value for name, value in raw.items() if value is not None}
+    raw = decode_object(body)
     _refuse_unsupported(raw)
     _translate_removed(raw)
     _warn_unknown(raw, type)
@@ -231,6 +225,17 @@ def decode(body: bytes, type: type[T]) -> T:  # noqa: A002
         if missing := re.search(r"missing required field `(\w+)`", message):
             path += f".{missing[1]}"
         raise _invalid(message, path.removeprefix(".") or None) from None
+
+
+def decode_object(body: bytes) -> dict[str, Any]:
+    """The fields of a JSON object that are not null. Raises RequestError (400)."""
+    try:
+        raw = msgspec.json.decode(body)
+    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
+        raise _invalid(f"the body is not valid JSON: {error}") from None
+    if not isinstance(raw, dict):
+        raise _invalid("the body must be a JSON object")
+    return {name: value for name, value in raw.items() if value is not None}
 
 
 def _invalid(message: str, param: str | None = None) -> RequestError:

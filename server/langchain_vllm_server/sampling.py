@@ -77,6 +77,7 @@ class Sampling:
     repetition_detection: tuple[int, int, int] = (0, 1, 2)
     priority: int = 0
     cache_salt: str = ""
+    pooling: str = ""  # "last" or "mean": a vector in place of an answer
 
 
 MAX_ENTRIES = {"stop": 64, "stop_token_ids": 1024, "logit_bias": 1024, "bad_words": 1024, "logprob_token_ids": 128}

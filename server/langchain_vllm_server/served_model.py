@@ -42,6 +42,9 @@ class ServedModel:
     stream_interval: int = 1  # tokens from chunk to chunk
     cache_block_size: int = 0  # tokens of a block of the prefix cache; 0: there is none
     response_role: str = "assistant"
+    hidden_size: int = 0  # numbers in a vector
+    pooling: str = "mean"  # what vectors are made of: the "mean" of all tokens' states, or the "last" one
+    tokenizer_info: Mapping[str, Any] | None = None  # for /tokenizer_info; None: it is not told
     seeds: random.Random = field(default_factory=random.Random)  # for requests that give no seed
     compiler: GrammarCompiler = field(default_factory=GrammarCompiler)
     created: int = field(default_factory=lambda: int(time.time()))

@@ -45,10 +45,18 @@ def byte_tokenizer() -> Tokenizer:
     return Tokenizer(backend, {"eos_token": EOS})
 
 
+LETTERS = byte_tokenizer().encode("abcdefgh")
+
+
 def logprobs_of(token: int, count: int) -> list[tuple[int, float, int]]:
     """The token and, as the most likely ones, itself and those that follow it in the vocabulary."""
     others = [(token + 1 + i, -1.5 - i, 2 + i) for i in range(count - 1)]
     return [(token, -0.5, 1), *([(token, -0.5, 1), *others] if count else [])]
+
+
+def vector_of(tokens: Sequence[int]) -> list[float]:
+    """How often each of the first letters stands in a text: texts with the same letters are near to each other."""
+    return [float(list(tokens).count(token)) for token in LETTERS]
 
 
 class FakeEngine:
@@ -64,6 +72,7 @@ class FakeEngine:
         self.step_seconds = step_seconds
         self.submitted: list[SimpleNamespace] = []
         self.cancelled: list[int] = []
+        self.forgotten = 0
         self.finish_reasons: dict[str, str] = {}  # others in the place of those that the limits give
         self.stopped = False
         self.device_name, self.weight_bytes = "fake", 0
@@ -92,6 +101,9 @@ class FakeEngine:
         self.cancelled.append(request_id)
         if self._running.pop(request_id, None):
             self._post(self._event(request_id, finish="abort"))
+
+    def forget_prefixes(self) -> None:
+        self.forgotten += 1
 
     def fileno(self) -> int:
         return self._read
@@ -162,6 +174,14 @@ class FakeEngine:
             del self._running[request.id]
             self._post(self._event(request.id, finish="error", error=error))
             return
+        if request.params.pooling:
+            del self._running[request.id]
+            self._post(
+                self._event(
+                    request.id, finish="stop", embedding=vector_of(request.prompt), scheduled_time=request.submitted
+                )
+            )
+            return
         scored = []
         if request.params.num_prompt_logprobs >= 0 and not request.output:
             scored = [logprobs_of(token, request.params.num_prompt_logprobs) for token in request.prompt[1:]]
@@ -194,6 +214,7 @@ class FakeEngine:
             "tokens": [],
             "logprobs": [],
             "prompt_logprobs": [],
+            "embedding": [],
             "finish": "",
             "error": "",
             "num_cached_tokens": 16,
@@ -255,6 +276,7 @@ async def running(
         "tokenizer": tokenizer,
         "vocab_size": tokenizer.vocab_size,
         "max_model_len": 256,
+        "hidden_size": len(LETTERS),
         "eos_token_ids": (tokenizer.token_id(EOS),),
         "chat_template": None if template is None else ChatTemplate(template, tokenizer.special_tokens),
         "seeds": random.Random(0),
