@@ -8,14 +8,19 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from langchain_vllm._register import register
     from langchain_vllm.chat_models import ChatVLLM
     from langchain_vllm.launcher import VLLMServer
 
     __version__: str
 
-__all__ = ["ChatVLLM", "VLLMServer", "__version__"]
+__all__ = ["ChatVLLM", "VLLMServer", "__version__", "register"]
 
-_HOMES = {"ChatVLLM": "langchain_vllm.chat_models", "VLLMServer": "langchain_vllm.launcher"}
+_HOMES = {
+    "ChatVLLM": "langchain_vllm.chat_models",
+    "VLLMServer": "langchain_vllm.launcher",
+    "register": "langchain_vllm._register",
+}
 
 
 def __getattr__(name: str) -> object:

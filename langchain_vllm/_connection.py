@@ -6,7 +6,7 @@ import asyncio
 import inspect
 import os
 import time
-from contextlib import contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -14,14 +14,17 @@ import openai
 
 from langchain_vllm import _http
 from langchain_vllm._shared import SharedServer, shared_server
-from langchain_vllm.errors import VLLMConnectionError, VLLMContextOverflowError, is_context_overflow
+from langchain_vllm.errors import VLLMConnectionError, VLLMTimeoutError, explain
 from langchain_vllm.launcher import VLLMServer
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 
 NO_KEY = "EMPTY"
 """What vLLM's documentation passes for a key where none is wanted; the OpenAI SDK insists on one."""
+
+_FAILURES = (openai.APIError, _http.TransportError)
+_ASK_SECONDS = 5.0  # for the list of models, when a request has just failed
 
 _SERVER_OPTIONS = frozenset(inspect.signature(VLLMServer).parameters) - {"model"}
 
@@ -120,28 +123,76 @@ class Connection:
         if not self.is_open:
             await asyncio.to_thread(self.open)
 
-    def tokenize(self, **body: Any) -> dict[str, Any]:
-        """The answer of vLLM's `/tokenize`, which stands beside `/v1` and not in it."""
+    def post(self, route: str, **body: Any) -> dict[str, Any]:
+        """The answer of a route that stands beside `/v1` and not in it, such as `/tokenize`."""
         self.open()
-        root = str(self._url).rstrip("/").removesuffix("/v1")
+        root = str(self.client.base_url).rstrip("/").removesuffix("/v1")
         with self.explained():
-            answer = self.client.post(f"{root}/tokenize", cast_to=object, body={"model": self.served_model, **body})
+            answer = self.client.post(f"{root}{route}", cast_to=object, body={"model": self.served_model, **body})
         return dict(answer)
+
+    def cards(self) -> list[dict[str, Any]]:
+        """What the server tells of its models."""
+        self.open()
+        with self.explained():
+            return [dict(card) for card in self.client.models.list()]
+
+    async def acards(self) -> list[dict[str, Any]]:
+        """`cards` without blocking the event loop."""
+        await self.aopen()
+        async with self.aexplained():
+            return [dict(card) async for card in self.async_client.models.list()]
+
+    def max_model_len(self) -> int | None:
+        """The longest context that the served model takes, in tokens; None if the server does not tell."""
+        cards = self.cards()
+        card = next((card for card in cards if card["id"] == self.served_model), {})
+        return card.get("max_model_len")
 
     @contextmanager
     def explained(self) -> Iterator[None]:
-        """Raise LangChain's kind of error, with a remedy, where `langchain_openai` has none for vLLM."""
+        """Raise LangChain's kind of error, with a remedy."""
         try:
             yield
-        except openai.APITimeoutError:
-            raise
-        except (openai.APIConnectionError, _http.TransportError) as error:
-            request: Any = error.request
-            raise VLLMConnectionError(message=self._why_unreachable(error), request=request) from error
-        except openai.BadRequestError as error:
-            if is_context_overflow(error):
-                raise VLLMContextOverflowError(error.message, response=error.response, body=error.body) from error
-            raise
+        except _FAILURES as error:
+            raise self._explanation(error, self._served(error)) from error
+
+    @asynccontextmanager
+    async def aexplained(self) -> AsyncIterator[None]:
+        """`explained` without blocking the event loop."""
+        try:
+            yield
+        except _FAILURES as error:
+            raise self._explanation(error, await self._aserved(error)) from error
+
+    def _served(self, error: Exception) -> list[str] | None:
+        if not isinstance(error, openai.NotFoundError):
+            return None
+        try:
+            return [str(card.id) for card in self.client.with_options(timeout=_ASK_SECONDS).models.list()]
+        except _FAILURES:
+            return None
+
+    async def _aserved(self, error: Exception) -> list[str] | None:
+        if not isinstance(error, openai.NotFoundError):
+            return None
+        try:
+            return [str(card.id) async for card in self.async_client.with_options(timeout=_ASK_SECONDS).models.list()]
+        except _FAILURES:
+            return None
+
+    def _explanation(self, error: Exception, served: list[str] | None) -> Exception:
+        if isinstance(error, openai.APITimeoutError):
+            slow = VLLMTimeoutError(error.request)
+            slow.message = (
+                f"No answer from {self._url} within timeout={self.timeout}: raise it, or leave it out to wait."
+            )
+            slow.args = (slow.message,)
+            return slow
+        if isinstance(error, openai.APIError) and not isinstance(error, openai.APIConnectionError):
+            return explain(error, str(self._url), has_key=self.api_key != NO_KEY, served=served)
+        request: Any = error.request  # type: ignore[attr-defined]
+        return VLLMConnectionError(message=self._why_unreachable(error), request=request)
 
     def _why_unreachable(self, error: Exception) -> str:
         cause = _first_cause(error)
@@ -163,18 +214,20 @@ class Connection:
     def _point_to(self, url: str) -> None:
         if (url, os.getpid()) == (self._url, self._pid):
             return
-        proxy = self.proxy or _http.environment_proxy(url)
+        address, unix_socket = _http.endpoint(url)
+        proxy = None if unix_socket else self.proxy or _http.environment_proxy(address)
         sockets = _http.KEEP_ALIVE if self.socket_options is None else tuple(self.socket_options)
         options: dict[str, Any] = {
             "api_key": self.api_key,
-            "base_url": url,
+            "base_url": address,
             "timeout": _http.timeout(self.timeout),
             "default_query": self.default_query,
         }
         if self.max_retries is not None:
             options["max_retries"] = self.max_retries
-        client = openai.OpenAI(http_client=self.http_client or _http.sync_client(proxy, sockets), **options)
-        http_async_client = self.http_async_client or _http.async_client(proxy, sockets)
+        http_client = self.http_client or _http.sync_client(proxy, sockets, unix_socket)
+        http_async_client = self.http_async_client or _http.async_client(proxy, sockets, unix_socket)
+        client = openai.OpenAI(http_client=http_client, **options)
         async_client = openai.AsyncOpenAI(http_client=http_async_client, **options)
         for made in (client, async_client):
             # The SDK has just filled these from OPENAI_ORG_ID, OPENAI_PROJECT_ID and OPENAI_CUSTOM_HEADERS.

@@ -13,7 +13,7 @@ import socket
 import sys
 from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 import openai
@@ -35,6 +35,28 @@ def is_loopback(url: str) -> bool:
     """Whether `url` points at this machine."""
     host = urlsplit(url).hostname or ""
     return host in {"localhost", "::1"} or host.startswith("127.")
+
+
+def endpoint(base_url: str) -> tuple[str, str | None]:
+    """The address to send requests to, and the Unix socket to send them through, if any.
+
+    Args:
+        base_url: `http://host:port/v1`, where `/v1` may be left out; `unix:///path/to.sock` or
+            `http+unix://%2Fpath%2Fto.sock/v1`.
+
+    Raises:
+        ValueError: It is none of these.
+    """
+    scheme, _, rest = base_url.partition(":")
+    if scheme == "unix" and rest:
+        return "http://localhost/v1", "/" + rest.lstrip("/")
+    parts = urlsplit(base_url)
+    path = parts.path.rstrip("/") or "/v1"
+    if scheme == "http+unix" and parts.netloc:
+        return f"http://localhost{path}", unquote(parts.netloc)
+    if scheme not in {"http", "https"} or not parts.hostname:
+        raise ValueError(f"base_url={base_url!r} must begin with http://HOST, https://HOST or unix:///PATH.")
+    return parts._replace(path=path).geturl(), None
 
 
 def environment_proxy(url: str) -> str | None:
@@ -88,31 +110,36 @@ def _ssl_context() -> ssl.SSLContext:
     return httpx.create_ssl_context()
 
 
-def _transport_options(proxy: str | None, socket_options: tuple[SocketOption, ...]) -> dict[str, Any]:
+def _transport_options(
+    proxy: str | None, socket_options: tuple[SocketOption, ...], unix_socket: str | None
+) -> dict[str, Any]:
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=100, keepalive_expiry=5.0)
-    return {"verify": _ssl_context(), "proxy": proxy, "limits": limits, "socket_options": list(socket_options)}
+    sockets = {"socket_options": list(socket_options)} if unix_socket is None else {"uds": unix_socket}
+    return {"verify": _ssl_context(), "proxy": proxy, "limits": limits, **sockets}
 
 
 @lru_cache(maxsize=16)
-def _sync_client(proxy: str | None, socket_options: tuple[SocketOption, ...], pid: int) -> Any:
-    client: Any = openai.DefaultHttpxClient(transport=httpx.HTTPTransport(**_transport_options(proxy, socket_options)))  # type: ignore[arg-type]
+def _sync_client(proxy: str | None, sockets: tuple[SocketOption, ...], unix_socket: str | None, pid: int) -> Any:
+    transport: Any = httpx.HTTPTransport(**_transport_options(proxy, sockets, unix_socket))
+    client: Any = openai.DefaultHttpxClient(transport=transport)
     atexit.register(client.close)
     return client
 
 
 @lru_cache(maxsize=16)
-def _async_client(proxy: str | None, socket_options: tuple[SocketOption, ...], pid: int) -> Any:
-    return openai.DefaultAsyncHttpxClient(transport=LoopAwareTransport(**_transport_options(proxy, socket_options)))  # type: ignore[arg-type]
+def _async_client(proxy: str | None, sockets: tuple[SocketOption, ...], unix_socket: str | None, pid: int) -> Any:
+    transport: Any = LoopAwareTransport(**_transport_options(proxy, sockets, unix_socket))
+    return openai.DefaultAsyncHttpxClient(transport=transport)
 
 
-def sync_client(proxy: str | None, socket_options: tuple[SocketOption, ...]) -> Any:
+def sync_client(proxy: str | None, sockets: tuple[SocketOption, ...], unix_socket: str | None = None) -> Any:
     """The process's synchronous client for `proxy`; a forked child gets its own, for it must not share sockets."""
-    return _sync_client(proxy, socket_options, os.getpid())
+    return _sync_client(proxy, sockets, unix_socket, os.getpid())
 
 
-def async_client(proxy: str | None, socket_options: tuple[SocketOption, ...]) -> Any:
+def async_client(proxy: str | None, sockets: tuple[SocketOption, ...], unix_socket: str | None = None) -> Any:
     """The process's asynchronous client for `proxy`, for use in any event loop."""
-    return _async_client(proxy, socket_options, os.getpid())
+    return _async_client(proxy, sockets, unix_socket, os.getpid())
 
 
 def timeout(value: Any) -> Any:

@@ -11,6 +11,7 @@ from langchain_core.utils.function_calling import convert_to_openai_tool
 from openai.resources.chat.completions import Completions
 
 from langchain_vllm._parameters import PER_CALL, ChatParameters, check_names, translate
+from langchain_vllm._profile import LiveProfile
 from langchain_vllm._structured_output import response_format
 
 if TYPE_CHECKING:
@@ -42,6 +43,8 @@ def constructor_arguments(cls: type[ChatVLLM], values: dict[str, Any]) -> dict[s
         ValueError: An unknown name.
     """
     values = translate(values)
+    if isinstance(values.get("profile"), LiveProfile):
+        del values["profile"]  # a copy makes its own; to validate this one would ask the server
     fields = get_pydantic_field_names(cls)
     more = {name: values.pop(name) for name in _sdk_names() & values.keys() - fields}
     more |= {name: values.pop(name) for name in {"response_format"} & values.keys()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from contextlib import aclosing
+from copy import deepcopy
 from typing import TYPE_CHECKING, Any, Self, cast
 
 from langchain_core.utils.function_calling import convert_to_openai_tool
@@ -15,6 +16,7 @@ from langchain_vllm import __version__, _request, _structured_output, _translato
 from langchain_vllm._answers import StreamState, keep_reasoning, metadata, other_choice
 from langchain_vllm._connection import NO_KEY, Connection, base_url_from_env
 from langchain_vllm._parameters import ChatParameters
+from langchain_vllm._profile import LiveProfile
 from langchain_vllm._translator import PROVIDER
 
 if TYPE_CHECKING:
@@ -158,6 +160,10 @@ class ChatVLLM(ChatParameters, BaseChatOpenAI):
         self.openai_api_base = self.openai_api_base or base_url_from_env()
         if self.openai_api_key is None and (key := os.environ.get("VLLM_API_KEY")):
             self.openai_api_key = SecretStr(key)
+        self._set_connection()
+        return self
+
+    def _set_connection(self) -> None:
         self._connection = Connection(
             base_url=self.openai_api_base,
             model=self.model_name,
@@ -174,12 +180,42 @@ class ChatVLLM(ChatParameters, BaseChatOpenAI):
             http_async_client=self.http_async_client,
         )
         self._use_clients()
-        return self
+        if self.profile is None:
+            self.profile = cast("ModelProfile", LiveProfile(self._connection.max_model_len))
 
     @model_validator(mode="after")
     def _set_vllm_version(self) -> Self:
         self._add_version("langchain-vllm", __version__)
         return self
+
+    def __getstate__(self) -> dict[Any, Any]:
+        """Everything but clients and connection, which hold locks and sockets; the copy makes its own."""
+        state = super().__getstate__()
+        without = dict.fromkeys(("client", "async_client", "root_client", "root_async_client"))
+        profile = state["__dict__"]["profile"]
+        without["profile"] = None if isinstance(profile, LiveProfile) else profile
+        return {**state, "__dict__": {**state["__dict__"], **without}, "__pydantic_private__": None}
+
+    def __setstate__(self, state: dict[Any, Any]) -> None:
+        super().__setstate__(state)
+        self.model_post_init(None)
+        self._set_connection()
+
+    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
+        memo = {} if memo is None else memo
+        for client in (self.http_client, self.http_async_client):
+            memo[id(client)] = client
+        copied = type(self).__new__(type(self))
+        copied.__setstate__(deepcopy(self.__getstate__(), memo))
+        return copied
+
+    def available_models(self) -> list[str]:
+        """The names of the models that the server has."""
+        return [str(card["id"]) for card in self._connection.cards()]
+
+    async def aavailable_models(self) -> list[str]:
+        """The names of the models that the server has."""
+        return [str(card["id"]) for card in await self._connection.acards()]
 
     @property
     def server(self) -> VLLMServer | None:
@@ -225,7 +261,7 @@ class ChatVLLM(ChatParameters, BaseChatOpenAI):
             return super()._generate(*args, **kwargs)
 
     async def _agenerate(self, *args: Any, **kwargs: Any) -> ChatResult:
-        with (await self._aconnect()).explained():
+        async with (await self._aconnect()).aexplained():
             return await super()._agenerate(*args, **kwargs)
 
     def _stream(self, *args: Any, **kwargs: Any) -> Iterator[ChatGenerationChunk]:
@@ -237,10 +273,9 @@ class ChatVLLM(ChatParameters, BaseChatOpenAI):
         connection = await self._aconnect()
         stream = super(ChatVLLM, self._for_stream(kwargs))._astream(*args, **kwargs)
         # Closed with this generator, and not when it is garbage-collected: that is what cancels the request.
-        with connection.explained():
-            async with aclosing(cast("AsyncGenerator[ChatGenerationChunk]", stream)) as chunks:
-                async for chunk in chunks:
-                    yield chunk
+        async with connection.aexplained(), aclosing(cast("AsyncGenerator[ChatGenerationChunk]", stream)) as chunks:
+            async for chunk in chunks:
+                yield chunk
 
     def _for_stream(self, kwargs: dict[str, Any]) -> Self:
         """The model with the state of one stream, for the methods that the base class calls for every chunk."""
@@ -363,7 +398,7 @@ class ChatVLLM(ChatParameters, BaseChatOpenAI):
         """The token ids of `text` alone, from the server."""
         if self.custom_get_token_ids is not None:
             return self.custom_get_token_ids(text)
-        tokens: list[int] = self._connection.tokenize(prompt=text, add_special_tokens=False)["tokens"]
+        tokens: list[int] = self._connection.post("/tokenize", prompt=text, add_special_tokens=False)["tokens"]
         return tokens
 
     def get_num_tokens_from_messages(
@@ -388,7 +423,7 @@ class ChatVLLM(ChatParameters, BaseChatOpenAI):
             body["tools"] = [convert_to_openai_tool(tool) for tool in tools]
         extra = payload.get("extra_body", {})
         body |= {name: extra[name] for name in _request.OF_PROMPT if name in extra}
-        return int(self._connection.tokenize(**body)["count"])
+        return int(self._connection.post("/tokenize", **body)["count"])
 
     def __call__(self, messages: LanguageModelInput, stop: list[str] | None = None, **kwargs: Any) -> AIMessage:
         """What LangChain's models did before `invoke`, for code of that time."""

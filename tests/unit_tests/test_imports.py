@@ -30,7 +30,11 @@ def modules_after(statement: str) -> set[str]:
 
 
 def test_all_is_sorted_and_can_be_imported() -> None:
-    assert langchain_vllm.__all__ == sorted(langchain_vllm.__all__) == ["ChatVLLM", "VLLMServer", "__version__"]
+    assert (
+        langchain_vllm.__all__
+        == sorted(langchain_vllm.__all__)
+        == ["ChatVLLM", "VLLMServer", "__version__", "register"]
+    )
     for name in langchain_vllm.__all__:
         assert getattr(langchain_vllm, name)
         assert name in dir(langchain_vllm)
