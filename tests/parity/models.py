@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -67,6 +68,11 @@ def randomise(model: torch.nn.Module, seed: int) -> None:
 
 def from_gguf(gguf: Path) -> LlamaForCausalLM:
     """transformers' model on the weights as the `gguf` package de-quantises them: nothing of ours."""
+    return copy.deepcopy(_from_gguf(gguf))
+
+
+@functools.lru_cache(maxsize=1)  # de-quantising takes half a minute
+def _from_gguf(gguf: Path) -> LlamaForCausalLM:
     reader = GGUFReader(gguf)
 
     def setting(name: str) -> Any:

