@@ -10,14 +10,20 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from langchain_vllm._register import register
     from langchain_vllm.chat_models import ChatVLLM
+    from langchain_vllm.embeddings import VLLMEmbeddings
     from langchain_vllm.launcher import VLLMServer
+    from langchain_vllm.llms import VLLM
+    from langchain_vllm.rerank import VLLMRerank
 
     __version__: str
 
-__all__ = ["ChatVLLM", "VLLMServer", "__version__", "register"]
+__all__ = ["VLLM", "ChatVLLM", "VLLMEmbeddings", "VLLMRerank", "VLLMServer", "__version__", "register"]
 
 _HOMES = {
     "ChatVLLM": "langchain_vllm.chat_models",
+    "VLLM": "langchain_vllm.llms",
+    "VLLMEmbeddings": "langchain_vllm.embeddings",
+    "VLLMRerank": "langchain_vllm.rerank",
     "VLLMServer": "langchain_vllm.launcher",
     "register": "langchain_vllm._register",
 }
