@@ -126,10 +126,18 @@ class Connection:
     def post(self, route: str, **body: Any) -> dict[str, Any]:
         """The answer of a route that stands beside `/v1` and not in it, such as `/tokenize`."""
         self.open()
-        root = str(self.client.base_url).rstrip("/").removesuffix("/v1")
         with self.explained():
-            answer = self.client.post(f"{root}{route}", cast_to=object, body={"model": self.served_model, **body})
+            answer = self.client.post(self._beside(route), cast_to=object, body={"model": self.served_model, **body})
         return dict(answer)
+
+    def get(self, route: str) -> str:
+        """The text of a route beside `/v1`, such as `/metrics`."""
+        self.open()
+        with self.explained():
+            return str(self.client.get(self._beside(route), cast_to=str))
+
+    def _beside(self, route: str) -> str:
+        return str(self.client.base_url).rstrip("/").removesuffix("/v1") + route
 
     def cards(self) -> list[dict[str, Any]]:
         """What the server tells of its models."""

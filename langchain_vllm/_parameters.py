@@ -107,9 +107,6 @@ class ChatParameters(SamplingParameters):
 PER_CALL = frozenset({"request_id"})
 """vLLM's fields that only make sense for one request."""
 
-CALLER_ONLY = frozenset({"stream_usage", "stream_options", "response_format"})
-"""Arguments of a call that are not in the SDK's signature, or are not passed on as they are."""
-
 _ALIASES = {"max_new_tokens": "max_tokens", "num_predict": "max_tokens", "max_completion_tokens": "max_tokens"}
 """Names of other LangChain classes, and what they are called here."""
 

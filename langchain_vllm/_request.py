@@ -60,7 +60,7 @@ def call_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
     """
     call = translate(kwargs)
     call.pop("stream_usage", None)  # of streams, and read by then
-    check_names(call, _sdk_names() | EXTRA, "A call of ChatVLLM")
+    check_names(call, _sdk_names() | EXTRA | {"format_instructions"}, "A call of ChatVLLM")
     return call
 
 
@@ -81,7 +81,10 @@ def extra_body(model: ChatVLLM, call: dict[str, Any]) -> dict[str, Any]:
 
 
 def move_extra(payload: dict[str, Any], extra: dict[str, Any]) -> None:
-    """Leave to the SDK only what it knows."""
+    """Leave to the SDK only what it knows. An agent without tools binds an empty list of them, which servers refuse."""
+    if "tools" in payload and not payload["tools"]:
+        for name in {"tools", "tool_choice", "parallel_tool_calls"} & payload.keys():
+            del payload[name]
     for name in EXTRA & payload.keys():
         del payload[name]
     payload.pop("extra_body", None)

@@ -14,13 +14,13 @@ from langchain_core.exceptions import OutputParserException
 from langchain_core.messages import AIMessage, SystemMessage
 from langchain_core.output_parsers import BaseCumulativeTransformOutputParser
 from langchain_core.outputs import ChatGeneration
-from langchain_core.runnables import RunnableLambda, RunnableMap, RunnablePassthrough
+from langchain_core.runnables import RunnableMap, RunnablePassthrough
 from langchain_core.utils.function_calling import convert_to_openai_function
 from langchain_core.utils.json import parse_json_markdown
 from langchain_core.utils.pydantic import is_basemodel_subclass
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from langchain_core.messages import BaseMessage
     from langchain_core.outputs import Generation
@@ -172,26 +172,24 @@ def constraint(method: Method, schema: Any) -> tuple[dict[str, Any], AnswerParse
     return {method: text}, AnswerParser(read=_identity, read_part=_identity, diff=True)
 
 
-def instructed(method: Method, schema: Any, to_messages: Callable[[Any], list[BaseMessage]]) -> Runnable[Any, Any]:
-    """A step that tells the model the schema: a grammar alone keeps it to the form, but shows it no description.
+def format_instructions(method: Method, schema: Any) -> str:
+    """What tells the model the schema: a grammar alone keeps it to the form, but shows it no description.
 
     Raises:
         ValueError: The method is none of JSON's.
     """
     if method not in {"json_schema", "json_mode"}:
         raise ValueError(f"include_format_instructions is for JSON, not for method={method!r}.")
-    if schema is not None:
-        text = _FORMAT_INSTRUCTIONS.format(schema=json.dumps(json_schema(schema)[1], ensure_ascii=False))
-    else:
-        text = _JSON_INSTRUCTIONS
+    if schema is None:
+        return _JSON_INSTRUCTIONS
+    return _FORMAT_INSTRUCTIONS.format(schema=json.dumps(json_schema(schema)[1], ensure_ascii=False))
 
-    def instruct(prompt: Any) -> list[BaseMessage]:
-        first, *rest = messages = to_messages(prompt)
-        if isinstance(first, SystemMessage) and isinstance(first.content, str):
-            return [first.model_copy(update={"content": f"{first.content}\n\n{text}"}), *rest]
-        return [SystemMessage(content=text), *messages]
 
-    return RunnableLambda(instruct)
+def instructed(messages: Sequence[BaseMessage], instructions: str) -> list[BaseMessage]:
+    """The messages, with the instructions at the end of the system message."""
+    if messages and isinstance(first := messages[0], SystemMessage) and isinstance(first.content, str):
+        return [first.model_copy(update={"content": f"{first.content}\n\n{instructions}"}), *messages[1:]]
+    return [SystemMessage(content=instructions), *messages]
 
 
 def parsed(llm: Runnable[Any, Any], parser: AnswerParser, include_raw: bool) -> Runnable[Any, Any]:

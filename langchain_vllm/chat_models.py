@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import warnings
 from contextlib import aclosing
-from copy import deepcopy
 from typing import TYPE_CHECKING, Any, Self, cast
 
 from langchain_core.utils.function_calling import convert_to_openai_tool
@@ -14,6 +13,7 @@ from pydantic import Field, PrivateAttr, SecretStr, model_validator
 
 from langchain_vllm import __version__, _request, _structured_output, _translator
 from langchain_vllm._answers import StreamState, keep_reasoning, metadata, other_choice
+from langchain_vllm._connected import Connected, wide
 from langchain_vllm._connection import NO_KEY, Connection, base_url_from_env
 from langchain_vllm._parameters import ChatParameters
 from langchain_vllm._profile import LiveProfile
@@ -30,12 +30,11 @@ if TYPE_CHECKING:
     from langchain_core.runnables import Runnable
     from langchain_core.tools import BaseTool
 
-    from langchain_vllm.launcher import VLLMServer
 
 _translator.register()
 
 
-class ChatVLLM(ChatParameters, BaseChatOpenAI):
+class ChatVLLM(Connected, ChatParameters, BaseChatOpenAI):
     """Chat model served by vLLM, or by this package's own engine.
 
     Setup:
@@ -188,40 +187,6 @@ class ChatVLLM(ChatParameters, BaseChatOpenAI):
         self._add_version("langchain-vllm", __version__)
         return self
 
-    def __getstate__(self) -> dict[Any, Any]:
-        """Everything but clients and connection, which hold locks and sockets; the copy makes its own."""
-        state = super().__getstate__()
-        without = dict.fromkeys(("client", "async_client", "root_client", "root_async_client"))
-        profile = state["__dict__"]["profile"]
-        without["profile"] = None if isinstance(profile, LiveProfile) else profile
-        return {**state, "__dict__": {**state["__dict__"], **without}, "__pydantic_private__": None}
-
-    def __setstate__(self, state: dict[Any, Any]) -> None:
-        super().__setstate__(state)
-        self.model_post_init(None)
-        self._set_connection()
-
-    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
-        memo = {} if memo is None else memo
-        for client in (self.http_client, self.http_async_client):
-            memo[id(client)] = client
-        copied = type(self).__new__(type(self))
-        copied.__setstate__(deepcopy(self.__getstate__(), memo))
-        return copied
-
-    def available_models(self) -> list[str]:
-        """The names of the models that the server has."""
-        return [str(card["id"]) for card in self._connection.cards()]
-
-    async def aavailable_models(self) -> list[str]:
-        """The names of the models that the server has."""
-        return [str(card["id"]) for card in await self._connection.acards()]
-
-    @property
-    def server(self) -> VLLMServer | None:
-        """The managed server, from the first call on; None before it, and with `base_url`."""
-        return self._connection.server
-
     def _connect(self) -> Connection:
         self._connection.open()
         return self._use_clients()
@@ -246,6 +211,8 @@ class ChatVLLM(ChatParameters, BaseChatOpenAI):
         call = _request.call_arguments(kwargs)
         extra = _request.extra_body(self, call)
         messages = self._convert_input(input_).to_messages()
+        if instructions := call.pop("format_instructions", None):
+            messages = _structured_output.instructed(messages, instructions)
         plain = {name: value for name, value in call.items() if name not in _request.EXTRA}
         payload: dict[str, Any] = super()._get_request_payload(_request.with_media(messages), stop=stop, **plain)
         _request.move_extra(payload, extra)
@@ -388,10 +355,9 @@ class ChatVLLM(ChatParameters, BaseChatOpenAI):
         asked, parser = _structured_output.request(method, schema, strict)
         if tools:
             asked["tools"] = [convert_to_openai_tool(tool, strict=strict) for tool in tools]
-        llm: Runnable[Any, Any] = self.bind(**asked, **kwargs)
         if include_format_instructions:
-            to_messages = _structured_output.instructed(method, schema, lambda x: self._convert_input(x).to_messages())
-            llm = to_messages | llm
+            asked["format_instructions"] = _structured_output.format_instructions(method, schema)
+        llm: Runnable[Any, Any] = self.bind(**asked, **kwargs)
         return _structured_output.parsed(llm, parser, include_raw)
 
     def get_token_ids(self, text: str) -> list[int]:
@@ -417,13 +383,24 @@ class ChatVLLM(ChatParameters, BaseChatOpenAI):
         """
         if not allow_fetching_images:
             raise ValueError("allow_fetching_images=False: the server counts the tokens, so it fetches what it needs.")
-        payload = self._get_request_payload(list(messages))
+        return int(self._connection.post("/tokenize", **self._prompt(list(messages), tools))["count"])
+
+    def render_prompt(self, messages: LanguageModelInput, tools: Sequence[Any] | None = None) -> str:
+        """The text that the chat template makes of `messages` and `tools`: what the model is given to read."""
+        tokens = self._connection.post("/tokenize", **self._prompt(messages, tools))["tokens"]
+        return str(self._connection.post("/detokenize", tokens=tokens)["prompt"])
+
+    def _prompt(self, messages: LanguageModelInput, tools: Sequence[Any] | None) -> dict[str, Any]:
+        payload = self._get_request_payload(messages)
         body = {"messages": payload["messages"]}
         if tools:
             body["tools"] = [convert_to_openai_tool(tool) for tool in tools]
         extra = payload.get("extra_body", {})
-        body |= {name: extra[name] for name in _request.OF_PROMPT if name in extra}
-        return int(self._connection.post("/tokenize", **body)["count"])
+        return body | {name: extra[name] for name in _request.OF_PROMPT if name in extra}
+
+    def batch(self, inputs: list[Any], config: Any = None, **kwargs: Any) -> list[Any]:
+        """As of every runnable. All requests are under way at once: to order them is the server's part."""
+        return super().batch(inputs, wide(config, len(inputs)), **kwargs)
 
     def __call__(self, messages: LanguageModelInput, stop: list[str] | None = None, **kwargs: Any) -> AIMessage:
         """What LangChain's models did before `invoke`, for code of that time."""

@@ -6,6 +6,7 @@ import asyncio
 import copy
 import pickle
 import threading
+import time
 from http.server import BaseHTTPRequestHandler
 from socketserver import ThreadingMixIn, UnixStreamServer
 from typing import TYPE_CHECKING, Any
@@ -155,3 +156,52 @@ def test_register() -> None:
     chat = init_chat_model("vllm:some/model", base_url=URL, top_k=3)
     assert isinstance(chat, ChatVLLM)
     assert (chat.model_name, chat.top_k) == ("some/model", 3)
+
+
+def test_a_batch_is_under_way_all_at_once() -> None:
+    size = 40
+    barrier = threading.Barrier(size, timeout=20)
+    server = MockServer()
+    handle = server.handle
+
+    def wait_for_all(request: Any) -> Any:
+        barrier.wait()
+        return handle(request)
+
+    server.handle = wait_for_all  # type: ignore[method-assign]
+    assert len(server.chat().batch(["Hello"] * size)) == size
+    assert barrier.n_waiting == 0
+
+
+def test_a_batch_keeps_a_limit_that_is_given(server: MockServer) -> None:
+    running, most = 0, 0
+    lock = threading.Lock()
+    handle = server.handle
+
+    def count(request: Any) -> Any:
+        nonlocal running, most
+        with lock:
+            running += 1
+            most = max(most, running)
+        time.sleep(0.02)  # long enough for another to come, if there is one
+        answer = handle(request)
+        with lock:
+            running -= 1
+        return answer
+
+    server.handle = count  # type: ignore[method-assign]
+    server.chat().batch(["Hello"] * 10, {"max_concurrency": 1})
+    assert most == 1
+
+
+def test_operations(server: MockServer) -> None:
+    server.answers["/version"] = (200, {"version": "0.32.0"})
+    text = '# HELP x y\nrunning{model_name="m"} 2.0\nrunning{model_name="n"} 1\nt_bucket{le="1"} 3\nup 1\n'
+    server.answers["/metrics"] = (200, text)
+    server.answers["/tokenize"] = (200, {"tokens": [1, 2], "count": 2})
+    server.answers["/detokenize"] = (200, {"prompt": "<user>Hello"})
+    chat = server.chat()
+    assert chat.server_version() == "0.32.0"
+    assert chat.server_metrics() == {"running": 3.0, "up": 1.0}
+    assert chat.render_prompt("Hello") == "<user>Hello"
+    assert server.body == {"model": "m", "tokens": [1, 2]}

@@ -100,6 +100,11 @@ def test_a_tool_choice_that_is_no_tool(server: MockServer) -> None:
     assert server.body["tool_choice"] == "required"
 
 
+def test_no_tools_at_all(server: MockServer) -> None:
+    server.chat().bind_tools([], tool_choice="any", parallel_tool_calls=False).invoke("Hello")
+    assert not {"tools", "tool_choice", "parallel_tool_calls"} & server.body.keys()
+
+
 def test_media(server: MockServer) -> None:
     blocks: list[Any] = [
         {"type": "text", "text": "What is it?"},
