@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 POLL_SECONDS = 0.05
 ERROR_LOG_LINES = 30
 
-_SERVER_PACKAGES = ("starlette", "uvicorn", "tokenizers", "jinja2", "msgspec", "orjson", "llguidance")
+_SERVER_PACKAGES = ("starlette", "uvicorn", "tokenizers", "jinja2", "msgspec", "orjson", "regex", "llguidance")
 
 
 class VLLMServerError(RuntimeError):

@@ -6,22 +6,22 @@ from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 from langchain_vllm_server import sampling
+from langchain_vllm_server.answer_form import AnswerForm
 from langchain_vllm_server.chat_messages import render_chat
 from langchain_vllm_server.chunks import ChunkStream, now
 from langchain_vllm_server.errors import BadRequestError
-from langchain_vllm_server.generation import Delta, start
+from langchain_vllm_server.generation import start
 from langchain_vllm_server.logprobs import LogprobFormat
 from langchain_vllm_server.prompts import text_prompt, told_of_prompt
-from langchain_vllm_server.response_format import compile_format
 from langchain_vllm_server.responses import encode_json
-from langchain_vllm_server.tools import call_object, forced_calls
+from langchain_vllm_server.tools import tool_use
 
 if TYPE_CHECKING:
     from starlette.responses import Response
 
-    from langchain_vllm_server.generation import Choice, Generation, Service
+    from langchain_vllm_server.answer_form import AnswerReader
+    from langchain_vllm_server.generation import Choice, Delta, Generation, Service
     from langchain_vllm_server.protocol import ChatCompletionRequest
-    from langchain_vllm_server.tools import ForcedCalls
 
 
 async def create_chat_completion(
@@ -29,16 +29,16 @@ async def create_chat_completion(
 ) -> Response | dict[str, Any]:
     """Answer a conversation: a stream of chunks, or a whole completion as its JSON object."""
     model = service.model
-    forced = forced_calls(request)
-    answer = ChatAnswer(service, request, request_id, forced)
+    use = tool_use(request, model)
     parameters = sampling.parameters(request, model, _num_logprobs(request), "top_logprobs")
     text = render_chat(request, model)
     limit = request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens
     prompt = await text_prompt(request, model, text, limit, add_special_tokens=request.add_special_tokens)
     if not prompt.token_ids:
         raise BadRequestError("The chat template made an empty prompt of the messages.", "messages")
-    constraint = await (forced.compile(request, model) if forced else compile_format(request, model))
-    generation = start(service, request, parameters, [prompt.token_ids], limit, constraint)
+    form = AnswerForm(request, model, use, text)
+    answer = ChatAnswer(service, request, request_id, form)
+    generation = start(service, request, parameters, [prompt.token_ids], limit, await form.constraint())
     told = told_of_prompt(request, prompt)
     if request.stream:
         head = {"id": answer.id, "object": "chat.completion.chunk", "created": answer.created, "model": answer.model}
@@ -50,9 +50,7 @@ async def create_chat_completion(
 class ChatAnswer:
     """Formats one answer."""
 
-    def __init__(
-        self, service: Service, request: ChatCompletionRequest, request_id: str, forced: ForcedCalls | None
-    ) -> None:
+    def __init__(self, service: Service, request: ChatCompletionRequest, request_id: str, form: AnswerForm) -> None:
         self.id = f"chatcmpl-{request_id}"
         self.created = now()
         self.model = service.model.check_name(request.model)
@@ -65,11 +63,11 @@ class ChatAnswer:
         self._returns_ids = request.return_token_ids
         self._echo = _echoed(request, self._role) if request.echo else ""
         self._begun: set[int] = set()
-        self._forced = forced
-        self._texts: dict[int, str] = {}  # of choices whose calls are told when they are whole
+        self._form = form
+        self._readers: dict[int, AnswerReader] = {}  # of choices whose text is more than content
 
     def chunk_entries(self, choice: Choice, delta: Delta) -> list[bytes]:
-        """The role, once; then text; with the last one why it ended. Nothing while all text is held back."""
+        """The role, once; then what is new; with the last one why it ended. Nothing while all text is held back."""
         entries = []
         if choice.index not in self._begun:
             self._begun.add(choice.index)
@@ -78,52 +76,38 @@ class ChatAnswer:
                 % (choice.index, encode_json(self._role))
             )
             if self._echo:
-                entries.append(self._entry(choice, Delta(self._echo)))
-        if delta.text or delta.logprobs or delta.finish_reason is not None or (self._returns_ids and delta.token_ids):
-            entries.append(self._entry(choice, delta))
+                entries.append(b'{"index":%d,"delta":{"content":%b},"logprobs":null,"finish_reason":null}'
+                    % (choice.index, encode_json(self._echo)))  # fmt: skip
+        news, finish_reason = self._news(choice, delta)
+        if news or delta.logprobs or delta.finish_reason is not None or (self._returns_ids and delta.token_ids):
+            entries.append(self._entry(choice, delta, news or b"{}", finish_reason))
         return entries
 
-    def _entry(self, choice: Choice, delta: Delta) -> bytes:
+    def _entry(self, choice: Choice, delta: Delta, news: bytes, finish_reason: str | None) -> bytes:
         logprobs = (
             encode_json(self._logprobs.chat(delta.logprobs)) if self._wants_logprobs and delta.logprobs else b"null"
         )
         token_ids = b',"token_ids":' + encode_json(delta.token_ids) if self._returns_ids else b""
-        news, finish_reason = self._news(choice, delta)
-        head = b'{"index":%d,"delta":%b,"logprobs":%b%b,"finish_reason":' % (
-            choice.index,
-            news,
-            logprobs,
-            token_ids,
-        )
+        head = b'{"index":%d,"delta":%b,"logprobs":%b%b,"finish_reason":' % (choice.index, news, logprobs, token_ids)
         if delta.finish_reason is None:
             return head + b"null}"
         return head + b'%b,"stop_reason":%b}' % (encode_json(finish_reason), encode_json(delta.stop_reason))
 
     def _news(self, choice: Choice, delta: Delta) -> tuple[bytes, str | None]:
-        """The `delta` of a chunk, and why the choice ended. A list of forced calls is told once it is whole."""
-        if self._forced is None:
-            return b'{"content":%b}' % encode_json(delta.text), delta.finish_reason
-        if self._forced.named is not None:
-            call: dict[str, Any] = {"function": {"arguments": delta.text}}
-            if choice.index not in self._texts:
-                self._texts[choice.index] = ""
-                call = call_object(self._forced.named, delta.text)
-            return encode_json({"tool_calls": [{"index": 0} | call]}), delta.finish_reason
-        text = self._texts[choice.index] = self._texts.get(choice.index, "") + delta.text
-        if delta.finish_reason is None:
-            return b"{}", None
-        content, calls, reason = self._called(self._forced, text, delta.finish_reason)
-        news = {"tool_calls": [{"index": i} | call for i, call in enumerate(calls)]} if calls else {"content": content}
-        return encode_json(news), reason
+        """The `delta` of a chunk, empty for nothing, and why the choice ended."""
+        if self._form.plain:
+            any_text = delta.text or delta.finish_reason is not None
+            return b'{"content":%b}' % encode_json(delta.text) if any_text else b"", delta.finish_reason
+        reader = self._reader(choice)
+        news = reader.push(delta)
+        if not news and delta.finish_reason is not None:
+            news = {"content": ""}
+        return encode_json(news) if news else b"", reader.finish_reason
 
-    @staticmethod
-    def _called(forced: ForcedCalls, text: str, reason: str | None) -> tuple[str, list[dict[str, Any]], str | None]:
-        """Content, calls and finish reason (vLLM's: a named call ends with "stop") of a whole answer."""
-        calls = forced.calls(text)
-        if calls is None:
-            return text, [], reason
-        ends = reason == "stop" and forced.named is None
-        return "", [call_object(*call) for call in calls], "tool_calls" if ends else reason
+    def _reader(self, choice: Choice) -> AnswerReader:
+        if choice.index not in self._readers:
+            self._readers[choice.index] = self._form.reader(choice)
+        return self._readers[choice.index]
 
     def whole(self, generation: Generation, deltas: list[Delta]) -> dict[str, Any]:
         """The completion object, with vLLM's nulls."""
@@ -132,7 +116,7 @@ class ChatAnswer:
             "object": "chat.completion",
             "created": self.created,
             "model": self.model,
-            "choices": [self._choice(index, delta) for index, delta in enumerate(deltas)],
+            "choices": [self._choice(*each) for each in zip(generation.choices, deltas, strict=True)],
             "service_tier": None,
             "system_fingerprint": self._fingerprint,
             "usage": generation.usage(),
@@ -144,26 +128,33 @@ class ChatAnswer:
             "metrics": generation.timing(),
         }
 
-    def _choice(self, index: int, delta: Delta) -> dict[str, Any]:
-        text, calls, reason = delta.text, None, delta.finish_reason
-        if self._forced is not None:
-            text, calls, reason = self._called(self._forced, text, reason)
+    def _choice(self, choice: Choice, delta: Delta) -> dict[str, Any]:
+        told: dict[str, Any] = {"content": delta.text}
+        finish_reason = delta.finish_reason
+        if not self._form.plain:
+            reader = self._reader(choice)
+            told = reader.push(delta)
+            finish_reason = reader.finish_reason
+        calls = [{key: value for key, value in call.items() if key != "index"} for call in told.get("tool_calls", ())]
+        content = self._echo + told.get("content", "")
         message: dict[str, Any] = {
             "role": self._role,
-            "content": self._echo + text,
+            "content": content if content or not calls else None,
             "refusal": None,
             "annotations": None,
             "audio": None,
             "function_call": None,
-            "reasoning": None,
+            "reasoning": told.get("reasoning"),
         }
+        if "reasoning_content" in told:
+            message["reasoning_content"] = told["reasoning_content"]
         if calls:
             message["tool_calls"] = calls
         return {
-            "index": index,
+            "index": choice.index,
             "message": message,
             "logprobs": self._logprobs.chat(delta.logprobs) if self._wants_logprobs else None,
-            "finish_reason": reason,
+            "finish_reason": finish_reason,
             "stop_reason": delta.stop_reason,
             "token_ids": delta.token_ids if self._returns_ids else None,
             "routed_experts": None,

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from langchain_vllm_server.errors import BadRequestError
+from langchain_vllm_server.tool_parsers import GENERIC
+from langchain_vllm_server.tool_prompt import alternating, with_tools, without_system
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -30,18 +32,26 @@ def render_chat(request: ChatCompletionRequest | TokenizeRequest, model: ServedM
             "server with --chat-template and the template that the model was trained with.",
             "messages",
         )
-    messages = [_as_dict(message, number, parts=parts) for number, message in enumerate(_checked(request))]
-    try:
-        return template.render(
-            messages,
-            tools=request.tools,
-            documents=request.documents,
-            add_generation_prompt=request.add_generation_prompt,
-            continue_final_message=request.continue_final_message,
-            **_template_kwargs(request),
-        )
-    except ValueError as error:
-        raise BadRequestError(f"The chat template refused the messages: {error}", "messages") from None
+    turns = [_as_dict(message, number, parts=parts) for number, message in enumerate(_checked(request))]
+    tools = request.tools
+    if request.tool_choice == "none" and model.hides_unused_tools:
+        tools = None
+    if model.tool_format is GENERIC and not template.shows_tools:
+        turns, tools = with_tools(turns, None if request.tool_choice == "none" else tools), None
+    options = {
+        "tools": tools,
+        "documents": request.documents,
+        "add_generation_prompt": request.add_generation_prompt,
+        "continue_final_message": request.continue_final_message,
+        **_template_kwargs(request),
+    }
+    problem = ""
+    for tolerated in (turns, alternating(turns), without_system(alternating(turns))):
+        try:
+            return template.render(tolerated, **options)
+        except ValueError as error:
+            problem = problem or str(error)
+    raise BadRequestError(f"The chat template refused the messages: {problem}", "messages")
 
 
 def _template(request: ChatCompletionRequest | TokenizeRequest, model: ServedModel) -> tuple[ChatTemplate | None, bool]:

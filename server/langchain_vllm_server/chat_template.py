@@ -42,6 +42,7 @@ class ChatTemplate:
 
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
         self.source = source
+        self.shows_tools = "tools" in source
         self._special_tokens = dict(special_tokens)
         try:
             self._template = _environment().from_string(source)

@@ -116,6 +116,7 @@ class Choice:
         self.num_prompt_tokens = len(prompt)
         self.num_tokens = 0
         self.num_cached_tokens = 0
+        self.num_reasoning_tokens: int | None = None  # None: the model does not reason, or not yet counted
         self.finish_reason: str | None = None
         self.clock = Clock()
         self._detokenizer = Detokenizer(model.tokenizer, prompt, request.skip_special_tokens)
@@ -245,12 +246,16 @@ class Generation:
             details["created_cache_tokens"] = sum(
                 max(choice.num_prompt_tokens // block * block - choice.num_cached_tokens, 0) for choice in self._leaders
             )
-        return {
+        usage = {
             "prompt_tokens": prompt,
             "total_tokens": prompt + completion,
             "completion_tokens": completion,
             "prompt_tokens_details": details,
         }
+        reasoning = [choice.num_reasoning_tokens for choice in self.choices if choice.num_reasoning_tokens is not None]
+        if reasoning:
+            usage["completion_tokens_details"] = {"reasoning_tokens": sum(reasoning)}
+        return usage
 
     def timing(self) -> dict[str, float | None] | None:
         """The per-request metrics of vLLM, for a request of a single choice. Only the queue time includes waiting."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from langchain_vllm_server import _engine
+from langchain_vllm_server import _engine, reasoning, tool_parsers
 from langchain_vllm_server.chat_messages import content_format
 from langchain_vllm_server.chat_template import ChatTemplate
 from langchain_vllm_server.checkpoint import load_checkpoint
@@ -118,9 +118,22 @@ def served_model(settings: Settings, checkpoint: Checkpoint, max_model_len: int)
         force_include_usage=settings.enable_force_include_usage,
         stream_interval=settings.stream_interval,
         cache_block_size=_engine.KV_BLOCK_SIZE if settings.enable_prefix_caching else 0,
+        tool_format=_named(tool_parsers, settings.tool_call_parser, source, "--tool-call-parser"),
+        reasoning_format=_named(reasoning, settings.reasoning_parser, source, "--reasoning-parser"),
+        hides_unused_tools=settings.exclude_tools_when_tool_choice_none,
+        reasoning_content=settings.reasoning_content,
         response_role=settings.response_role,
         seeds=random.Random(settings.seed),
     )
+
+
+def _named(family: Any, name: str | None, template: str | None, flag: str) -> Any:
+    """The format that a flag names, else the one that the chat template shows. Raises ValueError."""
+    if name is None:
+        return family.of_template(template)
+    if name not in family.BY_NAME:
+        raise ValueError(f"{flag} {name}: expected one of {', '.join(sorted(family.BY_NAME))}")
+    return family.BY_NAME[name]
 
 
 def sampling_defaults(settings: Settings, generation_config: dict[str, Any]) -> dict[str, Any]:

@@ -30,7 +30,6 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "modalities": (["text"],),
     "prompt_embeds": ([],),
     "suffix": ("",),
-    "thinking_token_budget": (-1,),
     "vllm_xargs": ({},),
     "watermarking": (False,),
 }
@@ -58,7 +57,6 @@ _REMOVED = {
 # Known fields that cannot change the answer of a server that keeps nothing and runs first come, first served.
 _HARMLESS = frozenset(
     {
-        "include_reasoning",
         "metadata",
         "prompt_cache_key",
         "prompt_cache_options",
@@ -168,6 +166,8 @@ class ChatCompletionRequest(GenerationRequest, kw_only=True):
     chat_template: str | None = None  # in place of the model's own
     chat_template_kwargs: dict[str, Any] = {}
     reasoning_effort: str | None = None
+    include_reasoning: bool = True
+    thinking_token_budget: int | None = None  # -1: any number
 
 
 class CompletionRequest(GenerationRequest, kw_only=True):
@@ -197,6 +197,7 @@ class TokenizeRequest(msgspec.Struct, kw_only=True):
     chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] = {}
     tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
     documents: list[dict[str, Any]] | None = None
     reasoning_effort: str | None = None
 

@@ -10,12 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 from langchain_vllm_server.errors import BadRequestError, NotFoundError
 from langchain_vllm_server.structured import GrammarCompiler
+from langchain_vllm_server.tool_parsers import GENERIC
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from langchain_vllm_server.chat_template import ChatTemplate
+    from langchain_vllm_server.reasoning import ReasoningFormat
     from langchain_vllm_server.tokenizer import Tokenizer
+    from langchain_vllm_server.tool_parsers import ToolFormat
 
 _LONG_TEXT = 4_000  # characters; encoding more than that takes long enough to be worth a thread
 
@@ -41,6 +44,10 @@ class ServedModel:
     force_include_usage: bool = False
     stream_interval: int = 1  # tokens from chunk to chunk
     cache_block_size: int = 0  # tokens of a block of the prefix cache; 0: there is none
+    tool_format: ToolFormat = GENERIC  # how the model spells tool calls
+    reasoning_format: ReasoningFormat | None = None  # how it marks its reasoning
+    hides_unused_tools: bool = False  # keep tools that must not be called out of the prompt
+    reasoning_content: bool = False  # tell reasoning under this older name, too
     response_role: str = "assistant"
     hidden_size: int = 0  # numbers in a vector
     pooling: str = "mean"  # what vectors are made of: the "mean" of all tokens' states, or the "last" one

@@ -65,6 +65,10 @@ class Settings:
     stream_interval: int = 1  # tokens
     return_tokens_as_token_ids: bool = False
     enable_force_include_usage: bool = False
+    tool_call_parser: str | None = None  # None: by the chat template
+    reasoning_parser: str | None = None
+    exclude_tools_when_tool_choice_none: bool = False
+    reasoning_content: bool = False
 
     dtype: str = "auto"
     quantization: str | None = None  # what float weights become while they load: int8 or int4
@@ -225,6 +229,18 @@ def _add_requests(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--enable-force-include-usage", action="store_true", help="tell the usage in every chunk of every stream"
+    )
+    group.add_argument(
+        "--tool-call-parser", metavar="NAME", help="how the model spells tool calls; default: by its chat template"
+    )
+    group.add_argument(
+        "--reasoning-parser", metavar="NAME", help="how the model marks reasoning; default: by its chat template"
+    )
+    group.add_argument(
+        "--exclude-tools-when-tool-choice-none", action="store_true", help="hide tools that must not be called"
+    )
+    group.add_argument(
+        "--reasoning-content", action="store_true", help="tell reasoning as `reasoning_content`, too, its older name"
     )
 
 

@@ -1,119 +1,152 @@
-"""Tool calls that a request insists on: `tool_choice` "required" or a named function, held to the tools' schemas.
-
-The answer is JSON that nothing but a call satisfies, spelled as vLLM has it: for a named function its arguments alone,
-for "required" a list of `{"name": …, "parameters": …}`.
-"""
+"""What a request wants of tools: which functions, who decides to call them, and the grammar that holds calls to it."""
 
 from __future__ import annotations
 
+import re
 import uuid
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
-from langchain_vllm_server import json_schema, structured
+from langchain_vllm_server import json_schema
 from langchain_vllm_server.errors import BadRequestError
-from langchain_vllm_server.response_format import requested_grammar
 from langchain_vllm_server.structured import Grammar, lark_string
+from langchain_vllm_server.tool_parsers import GENERIC
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from langchain_vllm_server.protocol import ChatCompletionRequest
     from langchain_vllm_server.served_model import ServedModel
-    from langchain_vllm_server.structured import Constraint
+    from langchain_vllm_server.tool_parsers import ToolFormat
+    from langchain_vllm_server.tool_parsers.formats import Written
 
-MAX_CALLS = 8  # in one answer: a small model would repeat itself until its tokens are used up
+MAX_CALLS = 8  # in one answer that must call: a small model would repeat itself until its tokens are used up
 _NO_PARAMETERS: dict[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
+_MARK = re.compile(r"<[^<>\s]+>|\[[A-Z_]+\]")  # what may be a special token
 
 
 @dataclass(frozen=True, slots=True)
-class ForcedCalls:
-    """Calls that an answer must consist of.
+class ToolUse:
+    """The calls that an answer may or must make.
 
     Attributes:
         schemas: Function name → JSON schema of its arguments, of those that may be called.
         params: Function name → where in the request that schema stands.
-        named: The function that alone is called, once; None if any may be, several times unless `single`.
+        choice: "auto": the model decides; "required"; "named": the one function of `schemas`, once.
         single: Whether there must be no second call.
+        strict: Whether arguments are held to the schemas even if the model decides.
+        format: How calls are spelled.
     """
 
     schemas: dict[str, Any]
     params: dict[str, str]
-    named: str | None
+    choice: Literal["auto", "required", "named"]
     single: bool
+    strict: bool
+    format: ToolFormat
 
-    async def compile(self, request: ChatCompletionRequest, model: ServedModel) -> Constraint:
-        """The constraint that allows these calls only. Raises BadRequestError that names the tool's schema."""
-        other = requested_grammar(request)
-        for param in [other[1]] if other else ["use_beam_search"] if request.use_beam_search else []:
-            raise BadRequestError(f"`{param}` does not go together with a forced tool call; leave one out.", param)
-        if self.named is not None:
-            param = self.params[self.named]
-            return await structured.compile(json_schema.grammar(self.schemas[self.named], param), model, param)
-        return await structured.compile(self._list(), model, "tools")
+    def grammar(self, model: ServedModel, text: Grammar | None) -> Grammar | None:
+        """What the answer may be: calls, or where the model decides, `text`. None where anything goes."""
+        written = self.format.written
+        if self.choice == "auto" and self.format is not GENERIC and not self.strict and text is None:
+            return None
+        assert written is not None
+        calls = self._calls(model, written)
+        if self.choice != "auto":
+            return Grammar.from_lark("\n".join(["start: calls", *calls]))
+        if text is not None:
+            return text.within("\n".join(["start: calls | @answer", *calls]))
+        if self.format is GENERIC:  # the first character decides
+            return Grammar.from_lark("\n".join(["start: calls | TEXT", r"TEXT: /[^{\s](.|\n)*/", *calls]))
+        trigger = re.escape(written.open or self.format.triggers[0])
+        rest = [*calls, f"until[lazy]: /(.|\\n)*{trigger.replace('/', chr(92) + '/')}/", r"TEXT: /(.|\n)*/"]
+        return Grammar.from_lark("\n".join(["start: (until rest)* TEXT", *rest]))
 
-    def _list(self) -> Grammar:
-        more = "" if self.single else f' (", " call){{0,{MAX_CALLS - 1}}}'
+    def relaxed(self) -> ToolUse:
+        """The same with any object as arguments: for schemas that can't be enforced and need not be."""
+        return replace(self, schemas=dict.fromkeys(self.schemas, json_schema.ANY_OBJECT))
+
+    def _calls(self, model: ServedModel, written: Written) -> list[str]:
+        """Rules of Lark, of which `calls` is one or several calls, and `rest` the same without its trigger."""
         names = list(self.schemas)
-        lines = [f'start: "[" call{more} "]"', "call: " + " | ".join(f"call_{i}" for i in range(len(names)))]
+        between = _spelled(written.between, model)
+        more = "" if self.single else f" ({between} call){{0,{MAX_CALLS - 1}}}"
+        lines = [
+            f"calls: {_spelled(written.open, model)} call{more} {_spelled(written.close, model)}",
+            "call: " + " | ".join(f"call_{i}" for i in range(len(names))),
+        ]
+        trigger = written.open or self.format.triggers[0]
+        rests = []
         for number, name in enumerate(names):
-            begin = '{"name": ' + msgspec.json.encode(name).decode() + ', "parameters": '
-            arguments = json_schema.lark(self.schemas[name], self.params[name])
-            lines += [f'call_{number}: {lark_string(begin)} arguments_{number} "}}"']
-            lines += [f"arguments_{number}: {arguments}"]
-        return Grammar.from_lark("\n".join(lines))
+            quoted = msgspec.json.encode(name).decode()
+            begin, end = written.begin.replace("NAME", quoted).replace("BARE", name), _spelled(written.end, model)
+            lines += [f"call_{number}: {_spelled(begin, model)} arguments_{number} {end}"]
+            lines += [f"arguments_{number}: {json_schema.lark(self.schemas[name], self.params[name])}"]
+            if not written.open:
+                rests.append(f"{_spelled(begin.removeprefix(trigger), model)} arguments_{number} {end}")
+        rest = " | ".join(rests) if rests else f"call{more} {_spelled(written.close, model)}"
+        if self.strict and self.choice == "auto":
+            lines.append(f"rest: {rest}")
+        return lines
 
-    def calls(self, text: str) -> list[tuple[str, str]] | None:
-        """Names and arguments (JSON text) of an answer; of a list that was cut short those that are whole, or None."""
-        if self.named is not None:
-            return [(self.named, text)]
-        for end in (len(text), *(i + 1 for i in range(len(text) - 1, -1, -1) if text[i] == "}")):
-            try:
-                found = msgspec.json.decode(text[:end] + "]" * (end < len(text) or text[-1:] == "}"), type=list[_Call])
-            except msgspec.DecodeError:
-                continue
-            return [(call.name, bytes(call.parameters).decode()) for call in found]
-        return None
+    def finish_reason(self, reason: str | None) -> str | None:
+        """Why an answer with calls ended: vLLM says "stop" of a named one."""
+        return "tool_calls" if reason == "stop" and self.choice != "named" else reason
 
 
-class _Call(msgspec.Struct):
-    name: str
-    parameters: msgspec.Raw
+def call_id() -> str:
+    """A new call's."""
+    return f"chatcmpl-tool-{uuid.uuid4().hex[:16]}"
 
 
-def call_object(name: str, arguments: str) -> dict[str, Any]:
-    """A call as OpenAI's API spells it, with an id of its own."""
-    identifier = f"chatcmpl-tool-{uuid.uuid4().hex[:16]}"
-    return {"id": identifier, "type": "function", "function": {"name": name, "arguments": arguments}}
-
-
-def forced_calls(request: ChatCompletionRequest) -> ForcedCalls | None:
-    """The calls that a request insists on; None where it forbids them or has no tools. Raises BadRequestError."""
+def tool_use(request: ChatCompletionRequest, model: ServedModel) -> ToolUse | None:
+    """What a request wants; None where it has no tools or forbids them. Raises BadRequestError."""
     choice, tools = request.tool_choice, request.tools
     if tools is not None and not tools:
         raise BadRequestError("`tools` must not be an empty list; leave it out instead.", "tools")
-    if choice == "none":
-        return None
     if tools is None:
-        if choice is not None:
+        if choice not in (None, "none"):
             raise BadRequestError("When using `tool_choice`, `tools` must be set.", "tool_choice")
         return None
-    if choice is None or choice == "auto":
-        raise BadRequestError(
-            "This version of the server does not let the model decide whether to call a tool: set `tool_choice` to "
-            '"required", to a function of `tools`, or to "none".',
-            "tool_choice",
-        )
-    schemas, params = _functions(tools)
+    schemas, params, strict = _functions(tools)
+    if choice == "none":
+        return None
     single = request.parallel_tool_calls is False
+    form = model.tool_format
+    if choice in (None, "auto"):
+        if strict and form.written is None:
+            raise BadRequestError(
+                f"The arguments of a `strict` tool cannot be enforced in this model's own spelling of calls "
+                f'({form.names[0]}) while the model decides; set `tool_choice` to "required" or to the function.',
+                "tools",
+            )
+        return ToolUse(schemas, params, "auto", single, strict, form)
+    _check_forced(request)
+    form = form if form.written is not None else GENERIC
     if choice == "required":
-        return ForcedCalls(schemas, params, None, single)
-    return ForcedCalls(schemas, params, _named(choice, schemas), single=True)
+        return ToolUse(schemas, params, "required", single, True, form)
+    name = _named(choice, schemas)
+    return ToolUse({name: schemas[name]}, params, "named", True, True, form)
 
 
-def _functions(tools: list[dict[str, Any]]) -> tuple[dict[str, Any], dict[str, str]]:
+def _check_forced(request: ChatCompletionRequest) -> None:
+    if request.response_format is not None and request.response_format.type != "text":
+        other = "response_format"
+    elif request.structured_outputs is not None:
+        other = "structured_outputs"
+    elif request.use_beam_search:
+        other = "use_beam_search"
+    else:
+        return
+    raise BadRequestError(f"`{other}` does not go together with a forced tool call; leave one out.", other)
+
+
+def _functions(tools: list[dict[str, Any]]) -> tuple[dict[str, Any], dict[str, str], bool]:
     schemas: dict[str, Any] = {}
     params: dict[str, str] = {}
+    strict = False
     for number, tool in enumerate(tools):
         function = tool.get("function")
         name = function.get("name") if isinstance(function, dict) else None
@@ -122,11 +155,12 @@ def _functions(tools: list[dict[str, Any]]) -> tuple[dict[str, Any], dict[str, s
         if name in schemas:
             raise BadRequestError(f"tools[{number}]: there is another function `{name}`.", "tools")
         schemas[name] = function.get("parameters") or _NO_PARAMETERS
-        params[name] = f"tools[{number}].function.parameters"
-    return schemas, params
+        params[name] = f"tools[{number}].function.parameters (of `{name[:60]}`)"
+        strict = strict or function.get("strict") is True
+    return schemas, params, strict
 
 
-def _named(choice: str | dict[str, Any], schemas: dict[str, Any]) -> str:
+def _named(choice: str | dict[str, Any] | None, schemas: Mapping[str, Any]) -> str:
     function = choice.get("function") if isinstance(choice, dict) else None
     name = function.get("name") if isinstance(function, dict) else None
     if not isinstance(name, str):
@@ -137,3 +171,14 @@ def _named(choice: str | dict[str, Any], schemas: dict[str, Any]) -> str:
     if name not in schemas:
         raise BadRequestError(f"`tool_choice` names `{name}`, which is not among `tools`.", "tool_choice")
     return name
+
+
+def _spelled(text: str, model: ServedModel) -> str:
+    """A text in Lark. A special token is one symbol of its own there, not the characters of its name."""
+    parts, end = [], 0
+    for mark in _MARK.finditer(text):
+        token = model.tokenizer.token_id(mark[0])
+        if token is not None and model.tokenizer.is_special(token):
+            parts += [lark_string(text[end : mark.start()]), f"<[{token}]>"]
+            end = mark.end()
+    return " ".join([*(part for part in parts if part != '""'), lark_string(text[end:])])

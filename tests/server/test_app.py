@@ -118,7 +118,7 @@ REFUSED: list[tuple[str, dict[str, Any], str | None, str]] = [
     (CHAT, {"max_completion_tokens": 0}, "max_completion_tokens", "must be at least 1"),
     (CHAT, {"tools": []}, "tools", "empty"),
     (CHAT, {"tool_choice": "auto"}, "tool_choice", "`tools` must be set"),
-    (CHAT, {"tools": [{"type": "function"}]}, "tool_choice", "does not let the model"),
+    (CHAT, {"tools": [{"type": "function"}]}, "tools", "needs a `function`"),
     (CHAT, {"tools": [{"type": "function"}], "tool_choice": "required"}, "tools", "needs a `function`"),
     (CHAT, {"functions": [{"name": "f"}]}, "functions", "not supported"),
     (CHAT, {"chat_template": "{{ 1 }}"}, "chat_template", "--trust-request-chat-template is not set"),

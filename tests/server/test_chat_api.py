@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from langchain_vllm_server import reasoning, tool_parsers
 from langchain_vllm_server.chat_messages import content_format
 from tests.server.fakes import CHATML, Server, byte_tokenizer, running, spell, sse_data
 
@@ -401,3 +402,71 @@ async def test_answers_do_not_wait_for_each_other() -> None:
         long, short = await server.chat("Hello"), await server.chat("Hi")
     assert long.json()["choices"][0]["message"]["content"] == "long " * 20
     assert short.json()["choices"][0]["message"]["content"] == "short"
+
+
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_reasoning_and_calls_of_a_model_that_was_trained_for_them(stream: bool) -> None:
+    answer = '<think>hm</think>\n<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>'
+    formats = {"tool_format": tool_parsers.BY_NAME["hermes"], "reasoning_format": reasoning.THINK}
+    async with running(answer, **formats) as server:
+        body = {"messages": [{"role": "user", "content": "q"}], "tools": [TOOL], "stream": stream, "max_tokens": 200}
+        response = await server.post("/v1/chat/completions", **body)
+    if stream:
+        chunks = [json.loads(line[6:]) for line in response.text.split("\n\n") if line.startswith("data: {")]
+        deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
+        reasoned = "".join(delta.get("reasoning", "") for delta in deltas)
+        calls = [call for delta in deltas for call in delta.get("tool_calls", ())]
+        assert [call.get("id") is not None for call in calls] == [True] + [False] * (len(calls) - 1)
+        name, arguments = calls[0]["function"]["name"], "".join(call["function"]["arguments"] for call in calls)
+        finish_reason = chunks[-1]["choices"][0]["finish_reason"]
+    else:
+        choice = response.json()["choices"][0]
+        (call,) = choice["message"]["tool_calls"]
+        reasoned, finish_reason = choice["message"]["reasoning"], choice["finish_reason"]
+        name, arguments = call["function"]["name"], call["function"]["arguments"]
+        assert choice["message"]["content"] is None
+        count = response.json()["usage"]["completion_tokens_details"]["reasoning_tokens"]
+        assert count == len(">hm</think>")  # a mark is open with its last token; here each letter is one
+    assert (reasoned, name, json.loads(arguments), finish_reason) == ("hm", "f", {"a": 1}, "tool_calls")
+
+
+async def test_reasoning_can_be_hidden_or_told_twice() -> None:
+    body = {"messages": [{"role": "user", "content": "q"}]}
+    async with running("<think>hm</think>x", reasoning_format=reasoning.THINK, reasoning_content=True) as server:
+        shown = await server.post("/v1/chat/completions", **body)
+        hidden = await server.post("/v1/chat/completions", **body, include_reasoning=False)
+    message = shown.json()["choices"][0]["message"]
+    assert (message["reasoning"], message["reasoning_content"], message["content"]) == ("hm", "hm", "x")
+    message = hidden.json()["choices"][0]["message"]
+    assert (message["reasoning"], message["content"]) == (None, "x")
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"thinking_token_budget": 5}, "thinking_token_budget"),
+        ({"thinking_token_budget": -2}, "thinking_token_budget"),
+        ({"tools": [{**TOOL, "function": {**TOOL["function"], "strict": True}}]}, "tools"),
+    ],
+)
+async def test_what_this_model_cannot_do(fields: dict[str, Any], param: str) -> None:
+    async with running("x", tool_format=tool_parsers.BY_NAME["pythonic"]) as server:
+        response = await server.post("/v1/chat/completions", messages=[{"role": "user", "content": "q"}], **fields)
+    assert (response.status_code, response.json()["error"]["param"]) == (400, param)
+
+
+async def test_roles_need_not_alternate() -> None:
+    """A template that insists on it gets neighbours of one role as one, and a system message with the first turn."""
+    template = (
+        "{% for m in messages %}"
+        "{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}{% endif %}"
+        "[{{ m.role }}:{{ m.content }}]{% endfor %}"
+    )
+    messages = [{"role": role, "content": role[0]} for role in ("system", "user", "user", "assistant", "assistant")]
+    async with running(template=template) as server:
+        body = {"messages": messages, "max_tokens": 1, "return_prompt_text": True}
+        response = await server.post("/v1/chat/completions", **body)
+    assert response.json()["prompt_text"] == "[user:s\n\nu\n\nu][assistant:a\n\na]"

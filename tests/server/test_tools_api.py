@@ -58,7 +58,7 @@ def test_forced_calls_streamed_or_not(client: openai.OpenAI, choice: Any, reason
 @pytest.mark.parametrize("max_tokens", [4, 40, 400])
 def test_a_list_ends_and_keeps_its_whole_calls_when_cut(client: openai.OpenAI, max_tokens: int) -> None:
     choice = client.chat.completions.create(**(ASK | {"max_tokens": max_tokens}), tool_choice="required").choices[0]
-    assert choice.finish_reason == ("tool_calls" if max_tokens == 400 else "length")
+    assert choice.finish_reason == ("length" if max_tokens == 4 else "tool_calls")
     assert len(choice.message.tool_calls or []) in ({0} if max_tokens == 4 else range(1, 9))
 
 
@@ -81,7 +81,6 @@ def test_several_choices_and_schemas_with_definitions(client: openai.OpenAI) -> 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"tool_choice": "auto"}, "does not let the model decide"),
         ({"tool_choice": {"type": "function", "function": {"name": "nope"}}}, "not among `tools`"),
         ({"tool_choice": "required", "tools": [{"type": "function"}]}, "needs a `function`"),
         ({"tool_choice": "required", "response_format": {"type": "json_object"}}, "does not go together"),
@@ -90,3 +89,55 @@ def test_several_choices_and_schemas_with_definitions(client: openai.OpenAI) -> 
 def test_what_is_refused(client: openai.OpenAI, fields: dict[str, Any], message: str) -> None:
     with pytest.raises(openai.BadRequestError, match=message):
         client.chat.completions.create(**(ASK | fields))
+
+
+def test_the_model_decides(client: openai.OpenAI) -> None:
+    """It answers in words, or with calls that the schema allows; a small model rarely calls by itself."""
+    choice = client.chat.completions.create(**ASK).choices[0]
+    assert choice.finish_reason in ("stop", "length", "tool_calls")
+    assert bool(choice.message.content) != bool(choice.message.tool_calls)
+
+
+def test_results_of_tools_are_part_of_the_conversation(client: openai.OpenAI) -> None:
+    call = {"id": "1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Paris"}'}}
+    history: Any = [
+        *ASK["messages"],
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "1", "content": [{"type": "text", "text": "It is sunny in Paris."}]},
+    ]
+    choice = client.chat.completions.create(**(ASK | {"messages": history})).choices[0]
+    assert "sunny" in (choice.message.content or "")
+
+
+def test_reasoning_within_a_budget_then_json() -> None:
+    """The template opens the reasoning; a model without any training for it is made to close it in time."""
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "<|im_start|>assistant\n<think>\n{# </think> #}"
+    )
+    options = ("--port", "0", "--memory", "1GiB", "--max-model-len", "1k", "--chat-template", template)
+    schema = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
+    body: dict[str, Any] = {
+        "model": "SmolLM2-135M-Instruct",
+        "messages": [{"role": "user", "content": "How much is 2 + 2?"}],
+        "temperature": 0,
+        "max_tokens": 80,
+        "extra_body": {"thinking_token_budget": 7},
+        "response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}},
+    }
+    with server(*options, module="langchain_vllm_server") as running:
+        running.wait_ready()
+        with openai.OpenAI(base_url=f"{running.where['url']}/v1", api_key="none", max_retries=0) as made:
+            whole = made.chat.completions.create(**body)
+            chunks = list(made.chat.completions.create(**body, stream=True, stream_options={"include_usage": True}))
+    message: Any = whole.choices[0].message
+    assert message.reasoning
+    assert isinstance(json.loads(message.content)["n"], int)
+    details = whole.usage and whole.usage.completion_tokens_details
+    assert details
+    assert 7 <= (details.reasoning_tokens or 0) <= 7 + len("</think>")
+    news: Any = [chunk.choices[0].delta for chunk in chunks if chunk.choices]
+    assert "".join(getattr(delta, "reasoning", "") or "" for delta in news) == message.reasoning
+    assert "".join(delta.content or "" for delta in news) == message.content
+    assert chunks[-1].usage
+    assert chunks[-1].usage.completion_tokens_details == details
