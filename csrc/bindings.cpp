@@ -1,5 +1,6 @@
 // The extension module: a few structs and one Engine. No logic lives here.
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/array.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
@@ -210,6 +211,9 @@ void bind_requests(nb::module_& m) {
       .def_ro("prefix_cache_hits", &Stats::prefix_cache_hits)
       .def_ro("prompt_tokens", &Stats::prompt_tokens)
       .def_ro("generation_tokens", &Stats::generation_tokens)
+      .def_ro("step_tokens", &Stats::step_tokens)
+      .def_ro("steps_by_size", &Stats::steps_by_size)
+      .def_ro("block_size", &Stats::block_size)
       .def_ro("last_step_time", &Stats::last_step_time)
       .def_ro("alive", &Stats::alive)
       .def_ro("error", &Stats::error);

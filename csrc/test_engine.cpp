@@ -54,6 +54,8 @@ nb::dict to_python(const Stats& stats) {
   out["prefix_cache_hits"] = stats.prefix_cache_hits;
   out["prompt_tokens"] = stats.prompt_tokens;
   out["generation_tokens"] = stats.generation_tokens;
+  out["step_tokens"] = stats.step_tokens;
+  out["steps_by_size"] = std::vector<int64_t>(stats.steps_by_size.begin(), stats.steps_by_size.end());
   out["last_step_time"] = stats.last_step_time;
   return out;
 }

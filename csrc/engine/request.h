@@ -1,12 +1,13 @@
 // What goes into the engine and what comes out of it.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <string>
 #include <vector>
 
 #include "base/quant.h"
-#include "device/sampling.h"
+#include "device/batch.h"
 
 namespace engine {
 
@@ -53,12 +54,15 @@ struct EngineOptions {
 };
 
 struct Stats {
+  int32_t block_size = kBlockSize;  // tokens
   int32_t num_running = 0, num_waiting = 0;
   int32_t num_blocks = 0, num_free_blocks = 0;
   int64_t num_steps = 0, num_preemptions = 0;
   int64_t prefix_cache_queries = 0, prefix_cache_hits = 0;  // tokens
   int64_t prompt_tokens = 0, generation_tokens = 0;
-  double last_step_time = 0;  // steady clock, the heartbeat
+  int64_t step_tokens = 0;                  // of all steps
+  std::array<int64_t, 32> steps_by_size{};  // [k]: steps of more than 2^(k-1) and at most 2^k tokens
+  double last_step_time = 0;                // steady clock, the heartbeat
   bool alive = true;
   std::string error;  // why the engine stopped
 };

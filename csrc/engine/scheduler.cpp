@@ -1,7 +1,9 @@
 #include "engine/scheduler.h"
 
 #include <algorithm>
+#include <bit>
 #include <iterator>
+#include <numeric>
 #include <utility>
 
 #include "base/check.h"
@@ -282,6 +284,11 @@ std::vector<Event> Scheduler::commit(const Step& step, std::span<Sampled> sample
   check(scored.empty(), "more tokens scored than asked for");
   remove_finished();
   ++stats_.num_steps;
+  const auto size = std::accumulate(
+      step.begin(), step.end(), uint32_t{0},
+      [](uint32_t sum, const auto& scheduled) { return sum + static_cast<uint32_t>(scheduled.num_tokens); });
+  stats_.step_tokens += size;
+  ++stats_.steps_by_size[static_cast<size_t>(std::bit_width(size - 1))];
   stats_.last_step_time = now;
   return events;
 }
@@ -364,6 +371,8 @@ void Scheduler::fill(Stats& stats) const {
   stats.prefix_cache_hits = stats_.prefix_cache_hits;
   stats.prompt_tokens = stats_.prompt_tokens;
   stats.generation_tokens = stats_.generation_tokens;
+  stats.step_tokens = stats_.step_tokens;
+  stats.steps_by_size = stats_.steps_by_size;
   stats.last_step_time = stats_.last_step_time;
 }
 

@@ -105,6 +105,9 @@ class Stats:
     prefix_cache_hits: int
     prompt_tokens: int
     generation_tokens: int
+    step_tokens: int  # of all steps
+    steps_by_size: list[int]  # [k]: steps of more than 2**(k-1) and at most 2**k tokens
+    block_size: int  # tokens
     last_step_time: float
     alive: bool
     error: str

@@ -15,6 +15,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from langchain_vllm_server.errors import BadRequestError, RequestError
+from langchain_vllm_server.http_metrics import CountedRequests
 from langchain_vllm_server.protocol import GenerationRequest, decode
 from langchain_vllm_server.responses import ClientDisconnect, json_response, until_disconnect
 from langchain_vllm_server.routes import OPERATIONS, PAGES
@@ -45,10 +46,12 @@ def create_app(service: Service, api_keys: Sequence[str] = ()) -> ASGIApp:
         service: Model, engine and metrics.
         api_keys: Any of them opens every route but /health and /ping; none: all is open.
     """
-    app = Starlette(
-        routes=_routes(service),
+    routes = _routes(service)
+    app: ASGIApp = Starlette(
+        routes=routes,
         exception_handlers={RequestError: _request_error, HTTPException: _http_error, Exception: _server_error},
     )
+    app = CountedRequests(app, {route.endpoint: route.path for route in routes}, service.metrics.http)
     return ApiKeys(app, api_keys) if api_keys else app
 
 

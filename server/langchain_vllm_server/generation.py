@@ -185,6 +185,7 @@ class Generation:
         self, service: Service, stream: EventStream | BeamStream, choices: list[Choice], num_per_prompt: int
     ) -> None:
         self.choices = choices
+        self._num_per_prompt = num_per_prompt
         self._leaders = choices[::num_per_prompt]  # one per prompt
         self._stream = stream
         self._service = service
@@ -195,7 +196,7 @@ class Generation:
         for choice in self.choices:
             if choice.finish_reason is None:
                 choice.finish_reason = "abort"
-                self._service.metrics.finished(choice)
+                self._count(choice)
 
     async def deltas(self) -> AsyncIterator[list[tuple[Choice, Delta]]]:
         """What is new, until all choices have finished. Raises EngineError when the engine fails."""
@@ -279,16 +280,23 @@ class Generation:
             return
         if event.finish in ("error", "abort"):
             choice.finish_reason = "error"
-            self._service.metrics.finished(choice)
+            self._count(choice)
             reason = event.error or self._service.engine.problem() or "the engine gave this request up"
             raise EngineError(f"Generation failed: {reason}")
         before = choice.clock.last_token
         choice.push(event, delta)
         self._service.metrics.stepped(choice, before)
         if choice.finish_reason is not None:
-            self._service.metrics.finished(choice)
+            self._count(choice)
             if not event.finish:  # a stop string: the engine does not know of it
                 self._stream.cancel(choice.index)
+
+    def _count(self, choice: Choice) -> None:
+        """Tell the metrics that a choice has ended, and with the last one of a prompt that the prompt has."""
+        self._service.metrics.finished(choice)
+        siblings = self.choices[choice.index - choice.index % self._num_per_prompt :][: self._num_per_prompt]
+        if all(one.finish_reason is not None for one in siblings):
+            self._service.metrics.longest_generation.observe(max(one.num_tokens for one in siblings))
 
 
 def start(

@@ -1,23 +1,20 @@
-"""GET /metrics: vLLM's metric names, labels and buckets in Prometheus' text format.
-
-The format is small enough to write by hand (https://prometheus.io/docs/instrumenting/exposition_formats/), and
-importing prometheus_client takes as long as importing the rest of the server.
-"""
+"""GET /metrics: vLLM's metric names, labels and buckets in Prometheus' text format.."""
 
 from __future__ import annotations
 
 import time
-from bisect import bisect_left
 from collections import Counter
 from typing import TYPE_CHECKING, Protocol
+
+from langchain_vllm_server.http_metrics import HttpMetrics
+from langchain_vllm_server.process_metrics import process_lines
+from langchain_vllm_server.prometheus import Histogram, labels
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from langchain_vllm_server._engine import Stats
     from langchain_vllm_server.generation import Choice, Clock
-
-CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 _TIME_TO_FIRST_TOKEN = (
     *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5),
@@ -30,6 +27,7 @@ _REQUEST = (
     *(0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0),
     *(960.0, 1920.0, 7680.0),
 )
+_STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 _FINISHED = ("stop", "length", "abort", "error", "repetition")
 
 
@@ -43,29 +41,6 @@ class Ended(Protocol):
     clock: Clock
 
 
-class Histogram:
-    """Counts of observations up to each bound."""
-
-    def __init__(self, bounds: Sequence[float]) -> None:
-        self._bounds = bounds
-        self._counts = [0] * (len(bounds) + 1)
-        self._sum = 0.0
-
-    def observe(self, value: float) -> None:
-        """Count one value."""
-        self._counts[bisect_left(self._bounds, value)] += 1
-        self._sum += value
-
-    def lines(self, name: str, labels: str) -> Iterator[str]:
-        """The samples."""
-        total = 0
-        for bound, count in zip((*map(float, self._bounds), "+Inf"), self._counts, strict=True):
-            total += count
-            yield f'{name}_bucket{{le="{bound}",{labels}}} {float(total)}'
-        yield f"{name}_count{{{labels}}} {float(total)}"
-        yield f"{name}_sum{{{labels}}} {self._sum}"
-
-
 class Metrics:
     """Counts requests as they start, step and finish.
 
@@ -75,13 +50,15 @@ class Metrics:
     """
 
     def __init__(self, model_name: str, max_model_len: int) -> None:
-        escaped = model_name.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
-        self._labels = f'engine="0",model_name="{escaped}"'
+        self._labels = labels({"engine": "0", "model_name": model_name})
         self._success: Counter[str] = Counter(dict.fromkeys(_FINISHED, 0))
         tokens = _one_two_five(max_model_len)
         self.prompt_tokens = Histogram(tokens)
         self.generation_tokens = Histogram(tokens)
         self.params_max_tokens = Histogram(tokens)
+        self.longest_generation = Histogram(tokens)
+        self.http = HttpMetrics()
+        self._max_model_len = max_model_len
         self.prefill_tokens = Histogram(tokens)
         self.params_n = Histogram((1, 2, 5, 10, 20))
         self.time_to_first_token = Histogram(_TIME_TO_FIRST_TOKEN)
@@ -128,7 +105,8 @@ class Metrics:
 
     def render(self, stats: Stats) -> str:
         """The page, with the engine's own counters as they stand."""
-        return "\n".join((*self._gauges(stats), *self._counters(stats), *self._histograms(), ""))
+        ours = (*self._gauges(stats), *self._counters(stats), *self._histograms(stats))
+        return "\n".join((*ours, *self.http.lines(), *process_lines(), ""))
 
     def _gauges(self, stats: Stats) -> Iterator[str]:
         used = 1 - stats.num_free_blocks / stats.num_blocks if stats.num_blocks else 0.0
@@ -139,6 +117,18 @@ class Metrics:
         ):
             yield from self._header(name, "gauge", text)
             yield f"vllm:{name}{{{self._labels}}} {float(value)}"
+        yield from self._header("num_requests_waiting_by_reason", "gauge", "Sequences that wait, by what for.")
+        for reason, count in (("capacity", stats.num_waiting), ("deferred", 0)):
+            yield f'vllm:num_requests_waiting_by_reason{{reason="{reason}",{self._labels}}} {float(count)}'
+        size = stats.num_blocks * stats.block_size
+        cache = {
+            "block_size": stats.block_size,
+            "kv_cache_max_concurrency": round(size / self._max_model_len, 2),
+            "kv_cache_size_tokens": size,
+            "num_gpu_blocks": stats.num_blocks,  # vLLM's name, on a CPU as well
+        }
+        yield from self._header("cache_config_info", "gauge", "Size of the KV cache.")
+        yield f"vllm:cache_config_info{{{labels(cache)},{self._labels}}} 1.0"
 
     def _counters(self, stats: Stats) -> Iterator[str]:
         for name, value, text in (
@@ -146,6 +136,7 @@ class Metrics:
             ("prefix_cache_hits", stats.prefix_cache_hits, "Prompt tokens found in the prefix cache."),
             ("num_preemptions", stats.num_preemptions, "Sequences that gave up their cache and were recomputed."),
             ("prompt_tokens", stats.prompt_tokens, "Prompt tokens processed."),
+            ("prompt_tokens_cached", stats.prefix_cache_hits, "Prompt tokens that need not be computed."),
             ("generation_tokens", stats.generation_tokens, "Tokens generated."),
         ):
             yield from self._header(f"{name}_total", "counter", text)
@@ -154,10 +145,13 @@ class Metrics:
         for reason, count in self._success.items():
             yield f'vllm:request_success_total{{finished_reason="{reason}",{self._labels}}} {float(count)}'
 
-    def _histograms(self) -> Iterator[str]:
+    def _histograms(self, stats: Stats) -> Iterator[str]:
+        steps = Histogram.of_powers(_STEP_TOKENS, stats.steps_by_size, stats.step_tokens)
         for name, histogram, text in (
+            ("iteration_tokens_total", steps, "Tokens per step of the engine."),
             ("request_prompt_tokens", self.prompt_tokens, "Prompt tokens per request."),
             ("request_generation_tokens", self.generation_tokens, "Generated tokens per request."),
+            ("request_max_num_generation_tokens", self.longest_generation, "Of the longest of a prompt's answers."),
             ("request_params_max_tokens", self.params_max_tokens, "max_tokens per request."),
             ("request_prefill_kv_computed_tokens", self.prefill_tokens, "Prompt tokens not found in the prefix cache."),
             ("request_params_n", self.params_n, "n per request."),

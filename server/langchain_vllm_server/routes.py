@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import msgspec
 from starlette.responses import Response
 
-from langchain_vllm_server import metrics
 from langchain_vllm_server.batch_chat import BatchChatRequest, create_batch_chat
 from langchain_vllm_server.chat import create_chat_completion
 from langchain_vllm_server.completions import create_completion
 from langchain_vllm_server.embeddings import EmbeddingRequest, PoolingRequest, create_embedding, create_pooling
 from langchain_vllm_server.errors import BadRequestError, NotFoundError
 from langchain_vllm_server.models_api import model_card, model_list
+from langchain_vllm_server.prometheus import CONTENT_TYPE
 from langchain_vllm_server.protocol import (
     ChatCompletionRequest,
     CompletionRequest,
@@ -88,7 +88,7 @@ async def _load(service: Service, _request: Request) -> Response:
 
 async def _prometheus(service: Service, _request: Request) -> Response:
     text = service.metrics.render(service.engine.stats())
-    return Response(text, headers={"content-type": metrics.CONTENT_TYPE})
+    return Response(text, headers={"content-type": CONTENT_TYPE})
 
 
 async def _models(service: Service, _request: Request) -> Response:

@@ -117,7 +117,8 @@ class FakeEngine:
     def stats(self) -> SimpleNamespace:
         return SimpleNamespace(
             num_running=len(self._running), num_waiting=0, num_blocks=100, num_free_blocks=75, num_steps=0,
-            num_preemptions=0, prefix_cache_queries=40, prefix_cache_hits=16, prompt_tokens=12,
+            num_preemptions=0, step_tokens=45, steps_by_size=[2, 0, 0, 1, 0, 1], block_size=16,
+            prefix_cache_queries=40, prefix_cache_hits=16, prompt_tokens=12,
             generation_tokens=self._generated, last_step_time=time.monotonic(), alive=not self.error, error=self.error,
         )  # fmt: skip
 

@@ -1,8 +1,12 @@
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import time
 
-from langchain_vllm_server.metrics import Histogram, Metrics
+from langchain_vllm_server.metrics import Metrics
+from langchain_vllm_server.prometheus import Histogram
 from tests.server.fakes import Server, running
 
 # Names that vLLM 0.32 exports and that make sense for one engine on a CPU.
@@ -13,6 +17,11 @@ NAMES = [
     "prefix_cache_queries_total",
     "prefix_cache_hits_total",
     "num_preemptions_total",
+    "num_requests_waiting_by_reason",
+    "cache_config_info",
+    "prompt_tokens_cached_total",
+    "iteration_tokens_total",
+    "request_max_num_generation_tokens",
     "prompt_tokens_total",
     "generation_tokens_total",
     "request_success_total",
@@ -31,7 +40,7 @@ NAMES = [
     "request_decode_time_seconds",
 ]
 
-LINE = re.compile(r'(# (HELP|TYPE) \S+ .+|vllm:\w+\{(\w+="[^"\n]*",?)+\} -?[0-9.e+-]+)')
+LINE = re.compile(r'(# (HELP|TYPE) \S+ .+|[\w:]+(\{(\w+="[^"\n]*",?)+\})? -?[0-9.e+-]+)')
 
 
 async def page(server: Server) -> str:
@@ -73,6 +82,11 @@ async def test_counts_are_exact(server: Server) -> None:
     assert value(text, "inter_token_latency_seconds_count", **label) == 2 + 6 + 11
     assert value(text, "request_params_max_tokens_bucket", le="5.0", **label) == 1
     assert value(text, "request_params_max_tokens_bucket", le="+Inf", **label) == 3
+    assert value(text, "request_max_num_generation_tokens_sum", **label) == 3 + 7 + 12
+    assert value(text, "prompt_tokens_cached_total", **label) == 16
+    assert value(text, "num_requests_waiting_by_reason", reason="capacity", **label) == 0
+    config = {"block_size": "16", "num_gpu_blocks": "100", "kv_cache_size_tokens": "1600"}
+    assert value(text, "cache_config_info", kv_cache_max_concurrency="6.25", **config, **label) == 1
     assert value(text, "kv_cache_usage_perc", **label) == 0.25
     assert value(text, "prefix_cache_hits_total", **label) == 16
 
@@ -99,3 +113,56 @@ async def test_token_buckets_go_up_to_the_context() -> None:
 async def test_labels_are_escaped(server: Server) -> None:
     text = Metrics('a"b\\c', 16).render(server.engine.stats())
     assert 'model_name="a\\"b\\\\c"' in text
+
+
+async def test_steps_are_counted_by_their_tokens(server: Server) -> None:
+    text = await page(server)  # steps of 1, 1, 8 and 32 tokens or a little less
+    counts = [value(text, "iteration_tokens_total_bucket", le=le) for le in ("1.0", "8.0", "16.0", "32.0", "+Inf")]
+    assert counts == [2, 3, 3, 4, 4]
+    assert (value(text, "iteration_tokens_total_count"), value(text, "iteration_tokens_total_sum")) == (4, 45)
+
+
+async def test_of_several_answers_the_longest_is_counted_once() -> None:
+    async with running(lambda _prompt, _params: [65] * 300) as server:
+        await server.complete(["a", "b"], n=2, max_tokens=5)
+        text = await page(server)
+    assert value(text, "request_max_num_generation_tokens_count") == 2
+    assert value(text, "request_max_num_generation_tokens_sum") == 10
+
+
+def sample(text: str, name: str) -> float:
+    return float(next(line for line in text.splitlines() if line.startswith(name + " ")).rpartition(" ")[2])
+
+
+async def test_http_requests_by_handler(server: Server) -> None:
+    await server.complete("Hi", max_tokens=3)
+    await server.complete("Hi", max_tokens=-3)
+    await server.chat(stream=True, max_tokens=3)
+    await server.client.get("/v1/models/tiny")
+    await server.client.get("/nowhere")
+    await server.client.get("/health")
+    text = await page(server)
+    requests = set(re.findall(r'^http_requests_total\{handler="(.+)",method="(.+)",status="(.+)"\} (.+)$', text, re.M))
+    assert requests == {
+        ("/v1/completions", "POST", "2xx", "1.0"),
+        ("/v1/completions", "POST", "4xx", "1.0"),
+        ("/v1/chat/completions", "POST", "2xx", "1.0"),
+        ("/v1/models/{name:path}", "GET", "2xx", "1.0"),
+        ("none", "GET", "4xx", "1.0"),
+    }
+    assert sample(text, "http_request_duration_highr_seconds_count") == 5
+    assert sample(text, 'http_request_size_bytes_count{handler="/v1/completions"}') == 2
+    assert sample(text, 'http_request_size_bytes_sum{handler="/v1/completions"}') > 20
+    assert sample(text, 'http_response_size_bytes_sum{handler="/v1/chat/completions"}') > 100
+
+
+async def test_the_process_is_told(server: Server) -> None:
+    text = await page(server)
+    assert sample(text, "process_resident_memory_bytes") > 10 * 2**20
+    assert 0 < sample(text, "process_open_fds") < sample(text, "process_max_fds")
+    assert abs(time.time() - sample(text, "process_start_time_seconds") - process_age()) < 5
+    assert sample(text, "process_cpu_seconds_total") > 0
+
+
+def process_age() -> float:
+    return float(subprocess.check_output(["ps", "-o", "etimes=", "-p", str(os.getpid())]))
