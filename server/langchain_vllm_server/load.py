@@ -122,9 +122,23 @@ def served_model(settings: Settings, checkpoint: Checkpoint, max_model_len: int)
         reasoning_format=_named(reasoning, settings.reasoning_parser, source, "--reasoning-parser"),
         hides_unused_tools=settings.exclude_tools_when_tool_choice_none,
         reasoning_content=settings.reasoning_content,
+        tokenizer_info=tokenizer_info(tokenizer, source, max_model_len)
+        if settings.enable_tokenizer_info_endpoint
+        else None,
         response_role=settings.response_role,
         seeds=random.Random(settings.seed),
     )
+
+
+def tokenizer_info(tokenizer: Tokenizer, template: str | None, max_model_len: int) -> dict[str, Any]:
+    """What /tokenizer_info tells: what a tokenizer_config.json would say of the tokenizer that is served."""
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **tokenizer.special_tokens,
+        "model_max_length": max_model_len,
+        "vocab_size": tokenizer.vocab_size,
+        "chat_template": template,
+    }
 
 
 def _named(family: Any, name: str | None, template: str | None, flag: str) -> Any:

@@ -69,6 +69,7 @@ class Settings:
     reasoning_parser: str | None = None
     exclude_tools_when_tool_choice_none: bool = False
     reasoning_content: bool = False
+    enable_tokenizer_info_endpoint: bool = False
 
     dtype: str = "auto"
     quantization: str | None = None  # what float weights become while they load: int8 or int4
@@ -214,6 +215,9 @@ def _add_engine(group: argparse._ArgumentGroup) -> None:
 def _add_requests(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--trust-request-chat-template", action="store_true", help="let requests bring a chat template of their own"
+    )
+    group.add_argument(
+        "--enable-tokenizer-info-endpoint", action="store_true", help="tell the chat template at /tokenizer_info"
     )
     group.add_argument(
         "--scheduling-policy",

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from langchain_vllm_server.errors import CheckpointError
-from langchain_vllm_server.load import engine_options, sampling_defaults
+from langchain_vllm_server.load import engine_options, sampling_defaults, tokenizer_info
 from langchain_vllm_server.settings import parse_settings
 from langchain_vllm_server.stored_tensor import StoredTensor
+from tests.server.fakes import EOS, byte_tokenizer
 
 
 def checkpoint(norm: str, *weights: str) -> Any:
@@ -61,3 +62,14 @@ def test_an_override_of_nothing_is_an_error() -> None:
     settings = parse_settings(["model", "--override-generation-config", '{"temperature": 0.5, "warmth": 1}'])
     with pytest.raises(CheckpointError, match="warmth"):
         sampling_defaults(settings, {})
+
+
+def test_the_tokenizer_is_told_as_its_config_would() -> None:
+    assert parse_settings(["model", "--enable-tokenizer-info-endpoint"]).enable_tokenizer_info_endpoint
+    assert tokenizer_info(byte_tokenizer(), "{{ x }}", 256) == {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": EOS,
+        "model_max_length": 256,
+        "vocab_size": 259,
+        "chat_template": "{{ x }}",
+    }
