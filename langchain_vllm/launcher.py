@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import sys
@@ -57,6 +58,8 @@ class VLLMServer:
     with VLLMServer("SmolLM2-135M-Instruct") as server:
         llm = ChatVLLM(base_url=server.base_url)
     ```
+
+    `async with`, `astart()` and `astop()` do the same without blocking an event loop.
 
     The server ends with `stop()`, with the `with` block, when this object is garbage-collected, at interpreter exit,
     and when this process is gone, even by SIGKILL. A forked child may use it, but neither stops it nor keeps it alive.
@@ -133,6 +136,13 @@ class VLLMServer:
 
     def __exit__(self, *exc_info: object) -> None:
         self.stop()
+
+    async def __aenter__(self) -> Self:
+        await self.astart()
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self.astop()
 
     def __repr__(self) -> str:
         where = f"at {self._url}, pid {self.pid}" if self.is_running else "not running"
@@ -227,6 +237,27 @@ class VLLMServer:
         self._ready, self._url = False, None
         if self._finalizer is not None:
             self._finalizer()
+
+    async def astart(self) -> None:
+        """`start` without blocking the event loop. Cancelling it stops the server.
+
+        Raises:
+            VLLMServerError, ImportError: See `start`.
+        """
+        starting = asyncio.ensure_future(asyncio.to_thread(self.start))
+        try:
+            await asyncio.shield(starting)
+        except asyncio.CancelledError:
+            starting.add_done_callback(lambda future: future.cancelled() or future.exception())  # nobody else asks
+            while not starting.done():  # more than once: the thread may be just about to start the process
+                await self.astop()
+                await asyncio.wait([starting], timeout=POLL_SECONDS)
+            await self.astop()
+            raise
+
+    async def astop(self) -> None:
+        """`stop` without blocking the event loop."""
+        await asyncio.to_thread(self.stop)
 
     def _command(self, announce_fd: int, parent_fd: int) -> list[str]:
         command = [sys.executable, "-m", "langchain_vllm_server", self.model]

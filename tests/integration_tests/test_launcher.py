@@ -47,6 +47,41 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     assert eventually(lambda: not _shared._entries), "a shared server was left"
 
 
+class TestAsync:
+    async def test_with_block(self) -> None:
+        async with VLLMServer("slow") as server:
+            pid = server.pid
+            assert server.is_ready
+            assert pid is not None
+        assert not alive(pid)
+
+    async def test_the_loop_turns_while_a_server_starts(self) -> None:
+        server = VLLMServer("slow")
+        starting = asyncio.create_task(server.astart())
+        turns = 0
+        while not starting.done():
+            await asyncio.sleep(0.01)
+            turns += not server.is_ready
+        await server.astop()
+        assert turns > 1
+
+    async def test_a_failed_start_says_why(self) -> None:
+        with pytest.raises(VLLMServerError, match="no such model"):
+            await VLLMServer("crash").astart()
+
+    @pytest.mark.parametrize("begun", [False, True])
+    async def test_a_cancelled_start_leaves_nothing(self, begun: bool) -> None:
+        server = VLLMServer("stuck")
+        starting = asyncio.create_task(server.astart())
+        await asyncio.sleep(0)
+        if begun:
+            assert await asyncio.to_thread(eventually, lambda: server.is_running)
+        starting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await starting
+        assert not server.is_running
+
+
 class TestStartAndStop:
     def test_with_block(self) -> None:
         with VLLMServer("good") as server:
