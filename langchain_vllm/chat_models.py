@@ -85,8 +85,32 @@ class ChatVLLM(Connected, ChatParameters, BaseChatOpenAI):
         llm.invoke("Hello").usage_metadata  # in streams too, on the last chunk
         ```
 
-    Errors are both the OpenAI SDK's and LangChain's: `VLLMConnectionError`, `VLLMContextOverflowError`, and those of
-    `langchain_openai`.
+    Tool calling:
+        ```python
+        llm.bind_tools([get_weather], tool_choice="any").invoke("The weather in Rome?").tool_calls
+        ```
+
+    Structured output, held to token by token:
+        ```python
+        llm.with_structured_output(Person).invoke("Ada is 36.")  # pydantic class, TypedDict or JSON schema
+        llm.with_structured_output(Literal["good", "bad"]).invoke("I won!")  # or an Enum, or a list
+        llm.with_structured_output(re.compile("[0-9]{4}")).invoke("When was the revolution?")
+        ```
+
+    Reasoning:
+        ```python
+        message = llm.invoke("How many r's are in strawberry?", enable_thinking=True)
+        message.content_blocks  # reasoning, text; also message.additional_kwargs["reasoning_content"]
+        ```
+
+    Response metadata:
+        `finish_reason`, `stop_reason`, `logprobs`, and where asked for, `token_ids` and `prompt_logprobs`.
+        In a stream of `n` > 1, the choices after the first are in `additional_kwargs["choices"]`.
+
+    Server:
+        `available_models()`, `server_version()`, `server_metrics()`, `render_prompt(messages)`, `profile`.
+
+    Errors (`langchain_vllm.errors`) are both the OpenAI SDK's and LangChain's, and say what to do.
     """
 
     # The base class's fields, with defaults that leave OpenAI's environment and models alone.
