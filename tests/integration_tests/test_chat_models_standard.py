@@ -25,18 +25,36 @@ class TestChatVLLM(ChatModelIntegrationTests):
 
     @property
     def chat_model_params(self) -> dict[str, Any]:
-        return {"model": MODEL, "temperature": 0, "max_tokens": 256}
+        return {"model": MODEL, "temperature": 0, "max_tokens": 256, "parallel_tool_calls": False}
 
     @property
     def model_override_value(self) -> str:
         return ALIAS
 
-    # The server has forced tool calls; most of these tests let the model decide.
-
-    @property
-    def has_tool_calling(self) -> bool:
-        return False
-
     @property
     def structured_output_kwargs(self) -> dict[str, Any]:
         return {"presence_penalty": 1.0}  # a greedy 135M model repeats one clause of its joke for ever
+
+    @property
+    def supports_json_mode(self) -> bool:
+        return True
+
+    # The requests are well-formed and answered, but not as the tests want, by a greedy 135M model in 256 tokens.
+
+    @pytest.mark.xfail(
+        reason="the server lets a forced call have arguments that its schema does not list, and the model invents one"
+    )
+    def test_tool_calling_with_no_arguments(self, model: Any) -> None:
+        super().test_tool_calling_with_no_arguments(model)
+
+    @pytest.mark.xfail(reason="without a schema, the model repeats one clause of its joke for ever")
+    def test_json_mode(self, model: Any) -> None:
+        super().test_json_mode(model)
+
+    @pytest.mark.xfail(reason="the model does not decide to call the tool")
+    def test_agent_loop(self, model: Any) -> None:
+        super().test_agent_loop(model)
+
+    @pytest.mark.xfail(reason="the model does not come to the end of the forced call's arguments")
+    def test_unicode_tool_call_integration(self, model: Any, **options: Any) -> None:
+        super().test_unicode_tool_call_integration(model)
