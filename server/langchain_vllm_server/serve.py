@@ -75,7 +75,7 @@ class ServerProcess:
             uvicorn.Config(
                 self._gate,
                 log_config=None,
-                access_log=settings.access_log,
+                access_log=not settings.disable_uvicorn_access_log,
                 lifespan="off",
                 ws="none",
                 server_header=False,

@@ -61,7 +61,7 @@ def test_every_flag_reaches_its_setting() -> None:
         uds="/tmp/s",
         api_key=("k",),
         log_level="debug",
-        access_log=False,
+        disable_uvicorn_access_log=True,
         shutdown_timeout=1.5,
         announce_fd=5,
         parent_fd=6,
@@ -74,7 +74,7 @@ def test_quantization(flags: str) -> None:
 
 
 def test_underscores_are_dashes() -> None:
-    settings = parse_settings(["--max_model_len=8", "--served_model_name", "a_b", "--uvicorn_log_level", "error"])
+    settings = parse_settings(["--max_model_len=8", "--served_model_name", "a_b", "--log_level", "error"])
     assert (settings.max_model_len, settings.served_model_name, settings.log_level) == (8, ("a_b",), "error")
 
 
@@ -166,3 +166,92 @@ def test_what_requests_may_ask_for() -> None:
 def test_what_requests_may_not_ask_for(argv: list[str]) -> None:
     with pytest.raises(SystemExit):
         parse_settings(argv)
+
+
+FLAGS_OF_VLLM = """
+--host h --port 1 --uds u --api-key k --ssl-certfile c --allowed-origins ["*"] --root-path /p --middleware a.b
+--enable-request-id-headers --disable-fastapi-docs --chat-template {{x}} --chat-template-content-format auto
+--trust-request-chat-template --response-role r --enable-auto-tool-choice --tool-call-parser hermes
+--tool-strict-level auto --exclude-tools-when-tool-choice-none --enable-prompt-tokens-details
+--enable-per-request-metrics --enable-server-load-tracking --enable-force-include-usage --sse-keep-alive-interval 5
+--enable-tokenizer-info-endpoint --enable-log-requests --enable-log-deltas --max-log-len 5 --uvicorn-log-level info
+--disable-uvicorn-access-log --disable-access-log-for-endpoints /a,/b --log-error-stack --fingerprint-mode none
+--enable-scale-out --api-server-count 2 --model m --tokenizer t --tokenizer-mode auto --revision r --dtype auto -q int8
+--max-model-len 32k --served-model-name a --seed 1 --generation-config auto --override-generation-config {}
+--max-logprobs 1 --load-format auto --download-dir d --tensor-parallel-size 2 -tp 2 -tp=2 --pipeline-parallel-size 2
+--data-parallel-size 2 --max-loras 1 --max-lora-rank 8 --enable-prefix-caching --no-enable-prefix-caching
+--kv-cache-dtype auto --block-size 16 --gpu-memory-utilization 0.9 --device-memory-utilization 0.9
+--kv-cache-memory-bytes 1G --max-num-seqs 5 --max-num-batched-tokens 5 --max-num-queued-reqs 5
+--max-num-queued-tokens 5 --scheduling-policy fcfs --enable-chunked-prefill --no-enable-chunked-prefill
+--stream-interval 1 --speculative-config {} --spec-method ngram --structured-outputs-config {} --reasoning-parser qwen3
+--reasoning-config {} --enforce-eager --no-enforce-eager -O 3 -O3 -O.mode=3 --trust-remote-code --shutdown-timeout 0
+--enable-sleep-mode --otlp-traces-endpoint u --log-level info --compilation-config.mode 3
+"""
+
+
+def _cases() -> list[list[str]]:
+    words, cases = FLAGS_OF_VLLM.split(), list[list[str]]()
+    for word in words:
+        if word.startswith("-"):
+            cases.append([word])
+        else:
+            cases[-1].append(word)
+    return cases
+
+
+@pytest.mark.parametrize("argv", _cases(), ids=" ".join)
+def test_the_flags_of_vllm(argv: list[str]) -> None:
+    assert parse_settings(["m", *argv]).model == "m"
+    if argv[0].startswith("--"):
+        name, dot, key = argv[0].partition(".")
+        parse_settings(["m", "--" + name[2:].replace("-", "_") + dot + key, *argv[1:]])
+
+
+@pytest.mark.parametrize(
+    ("argv", "complaint"),
+    [
+        (["--lora-modules", "a=b", "c=d"], "--lora-modules: not supported: LoRA adapters are not served"),
+        (["--headless"], "no server without HTTP"),
+        (["--load-format", "dummy"], "invalid choice: 'dummy'"),
+        (["--no-such-flag"], "unrecognized arguments: --no-such-flag"),
+        (["--ssl-keyfile", "k"], "TLS needs --ssl-certfile"),
+        (["--fingerprint-mode", "custom"], "--fingerprint-value need each other"),
+        (["--enable-log-outputs"], "needs --enable-log-requests"),
+        (["--root-path", "x"], "must begin with a slash"),
+        (["--middleware", "nodots"], "package.module.Name"),
+        (["--override-generation-config.top_k"], "--override-generation-config.top_k: expected a value"),
+        (["--config", "/nowhere.yaml"], "--config: cannot read /nowhere.yaml"),
+        (["--config"], "--config: expected a file"),
+    ],
+)
+def test_what_cannot_be_had_is_refused(argv: list[str], complaint: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse_settings(argv)
+    assert complaint in capsys.readouterr().err
+
+
+def test_dotted_keys_are_json() -> None:
+    argv = ["--override_generation_config.top_k", "3", "--override-generation-config.eos_token_id+=1"]
+    argv += ["--override-generation-config.eos_token_id+", "2", '--override-generation-config={"min_p": 0.5}']
+    assert parse_settings(argv).override_generation_config == {"min_p": 0.5, "top_k": 3, "eos_token_id": [1, 2]}
+
+
+def test_a_file_of_flags(tmp_path: Path) -> None:
+    file = tmp_path / "serve.yaml"
+    file.write_text(
+        "model: from-file\nport: 12\nserved_model_name: [a, b]\nenable-prefix-caching: false\nenforce-eager: true\n"
+        "override-generation-config: {top_k: 3}\nuds:\n"
+    )
+    settings = parse_settings(["--config", str(file), "--port", "13"])
+    assert (settings.model, settings.port, settings.served_model_name) == ("from-file", 13, ("a", "b"))
+    assert not settings.enable_prefix_caching
+    assert settings.override_generation_config == {"top_k": 3}
+    assert settings.without_effect == ("--enforce-eager",)
+    settings = parse_settings(["m", f"--config={file}", "--served-model-name", "c"])
+    assert (settings.model, settings.served_model_name) == ("m", ("c",))
+
+
+def test_the_level_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_LOGGING_LEVEL", "WARNING")
+    assert parse_settings([]).log_level == "warning"
+    assert parse_settings(["--log-level", "debug"]).log_level == "debug"
