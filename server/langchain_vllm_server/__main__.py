@@ -25,7 +25,7 @@ def main(argv: Sequence[str]) -> int:
             die_with_parent()
         listener = listen(settings)
         if settings.announce_fd is not None:
-            announce(settings.announce_fd, address(listener))
+            announce(settings.announce_fd, address(listener, settings))
         from langchain_vllm_server.serve import serve
 
         return serve(settings, listener)

@@ -1,8 +1,7 @@
-"""The ASGI application: routes, errors in OpenAI's envelope, API keys."""
+"""The ASGI application: routes, and errors in OpenAI's envelope. What stands around it is in middleware.py."""
 
 from __future__ import annotations
 
-import hmac
 import logging
 import uuid
 from typing import TYPE_CHECKING, TypeVar
@@ -17,14 +16,14 @@ from starlette.routing import Route
 from langchain_vllm_server.errors import BadRequestError, RequestError
 from langchain_vllm_server.http_metrics import CountedRequests
 from langchain_vllm_server.protocol import GenerationRequest, decode
-from langchain_vllm_server.responses import ClientDisconnect, json_response, until_disconnect
+from langchain_vllm_server.responses import ClientDisconnect, error_response, json_response, until_disconnect
 from langchain_vllm_server.routes import OPERATIONS, PAGES
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Sequence
+    from collections.abc import Awaitable, Callable
 
     import msgspec
-    from starlette.types import ASGIApp, Receive, Scope, Send
+    from starlette.types import ASGIApp
 
     from langchain_vllm_server.generation import Service
     from langchain_vllm_server.routes import Operation, Page
@@ -33,56 +32,19 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-MAX_BODY_BYTES = 32 * 2**20
 _REASONS = {404: "NotFoundError", 405: "MethodNotAllowedError"}
 
 R = TypeVar("R", bound="msgspec.Struct")
 
 
-def create_app(service: Service, api_keys: Sequence[str] = ()) -> ASGIApp:
-    """The application that serves one model.
-
-    Args:
-        service: Model, engine and metrics.
-        api_keys: Any of them opens every route but /health and /ping; none: all is open.
-    """
+def create_app(service: Service) -> ASGIApp:
+    """The application that serves one model."""
     routes = _routes(service)
-    app: ASGIApp = Starlette(
+    app = Starlette(
         routes=routes,
         exception_handlers={RequestError: _request_error, HTTPException: _http_error, Exception: _server_error},
     )
-    app = CountedRequests(app, {route.endpoint: route.path for route in routes}, service.metrics.http)
-    return ApiKeys(app, api_keys) if api_keys else app
-
-
-def error_response(error: RequestError, headers: dict[str, str] | None = None) -> Response:
-    """An error in the envelope."""
-    return json_response(error.envelope(), error.status, headers)
-
-
-class ApiKeys:
-    """Lets requests with one of the keys through, and those that ask for the server's health."""
-
-    _OPEN = frozenset({"/health", "/ping"})
-
-    def __init__(self, app: ASGIApp, keys: Sequence[str]) -> None:
-        self._app = app
-        self._expected = [f"Bearer {key}".encode() for key in keys]
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """The ASGI application."""
-        if scope["type"] != "http" or scope["path"] in self._OPEN or self._allows(scope):
-            await self._app(scope, receive, send)
-            return
-        error = RequestError(401, "AuthenticationError", "A valid API key is needed: `Authorization: Bearer <key>`.")
-        await error_response(error, {"www-authenticate": "Bearer"})(scope, receive, send)
-
-    def _allows(self, scope: Scope) -> bool:
-        given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
-        scheme, _, key = given.partition(b" ")
-        given = scheme.capitalize() + b" " + key.strip()
-        # Every key is compared, so that the time does not tell which one was nearly right.
-        return sum(hmac.compare_digest(given, expected) for expected in self._expected) > 0
+    return CountedRequests(app, {route.endpoint: route.path for route in routes}, service.metrics.http)
 
 
 def _routes(service: Service) -> list[Route]:
@@ -131,14 +93,7 @@ async def _read_body(request: Request) -> bytes:
         raise RequestError(
             400, "Bad Request", f"Unsupported Media Type: only 'application/json' is allowed, got {media_type!r}"
         )
-    chunks, size = [], 0
-    async for chunk in request.stream():
-        chunks.append(chunk)
-        size += len(chunk)
-        if size > MAX_BODY_BYTES:
-            message = f"The request's body is larger than {MAX_BODY_BYTES} bytes."
-            raise RequestError(413, "RequestTooLargeError", message)
-    return b"".join(chunks)
+    return await request.body()
 
 
 def _request_id(request: Request, body: msgspec.Struct) -> str:
@@ -155,7 +110,8 @@ async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     message = f"{request.method} {request.url.path}: {error.detail}"
     named = RequestError(error.status_code, _REASONS.get(error.status_code, "BadRequestError"), message)
-    return error_response(named, dict(error.headers or {}))
+    named.headers = dict(error.headers or {})
+    return error_response(named)
 
 
 async def _server_error(_request: Request, _error: Exception) -> Response:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
+from collections import Counter
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from langchain_vllm_server.constraint import MaskThread
-from langchain_vllm_server.errors import BadRequestError, EngineError
+from langchain_vllm_server.errors import BadRequestError, EngineError, UnavailableError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -19,6 +21,14 @@ if TYPE_CHECKING:
 
 # Longer than any one step takes: a full step of a 7B model on two slow cores is a few minutes.
 STALL_SECONDS = 600.0
+
+
+@dataclass(frozen=True, slots=True)
+class QueueLimits:
+    """What may be in flight; 0: any number."""
+
+    requests: int = 0  # sequences, running or waiting
+    tokens: int = 0  # of prompts of sequences without any answer yet
 
 
 class EventStream:
@@ -93,9 +103,15 @@ class AsyncEngine:
     Args:
         engine: `_engine.Engine`, or what behaves like it.
         new_params: `_engine.SamplingParams`.
+        limits: Beyond them requests are refused.
     """
 
-    def __init__(self, engine: Engine, new_params: Callable[[], SamplingParams]) -> None:
+    def __init__(
+        self, engine: Engine, new_params: Callable[[], SamplingParams], limits: QueueLimits = QueueLimits()
+    ) -> None:
+        self.rejections = Counter(dict.fromkeys(("queued_reqs", "queued_tokens"), 0))
+        self._limits = limits
+        self._prefilling: dict[int, int] = {}  # request id → tokens of its prompt, until its first event
         self._engine = engine
         self._new_params = new_params
         self._ids = itertools.count(1)
@@ -104,6 +120,22 @@ class AsyncEngine:
         self._busy_since = 0.0
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(engine.fileno(), self._drain)
+
+    def admit(self, count: int) -> None:
+        """Let a request of `count` sequences in. Raises UnavailableError when too many are in flight already."""
+        limits, requests, tokens = self._limits, len(self._routes), sum(self._prefilling.values())
+        if limits.requests and requests + count > limits.requests:
+            self.rejections["queued_reqs"] += 1
+            raise UnavailableError(
+                f"The queue is full: {requests} sequences are in flight, {count} more would exceed the limit of "
+                f"{limits.requests}. Try again later."
+            )
+        if limits.tokens and tokens >= limits.tokens:
+            self.rejections["queued_tokens"] += 1
+            raise UnavailableError(
+                f"The queue is full: {tokens} prompt tokens of {requests} sequences in flight wait, the limit is "
+                f"{limits.tokens}. Try again later."
+            )
 
     def submit(
         self,
@@ -137,6 +169,7 @@ class AsyncEngine:
 
     def cancel(self, request_id: int) -> None:
         """Forget a request and free what it holds, within a step."""
+        self._prefilling.pop(request_id, None)
         if self._routes.pop(request_id, None) is not None:
             self._engine.cancel(request_id)
             self._masks.remove(request_id)
@@ -170,7 +203,7 @@ class AsyncEngine:
     def stop(self) -> None:
         """Stop the engine's thread; requests that are still open end with an error."""
         for stream, _ in list(self._routes.values()):
-            stream.fail(EngineError("The server is shutting down."))
+            stream.fail(UnavailableError("The server is shutting down."))
         self._loop.remove_reader(self._engine.fileno())
         self._engine.stop()
 
@@ -197,11 +230,13 @@ class AsyncEngine:
         if not self._routes:
             self._busy_since = time.monotonic()
         self._routes[request_id] = (stream, index)
+        self._prefilling[request_id] = len(prompt)
         stream.add(index, request_id)
 
     def _drain(self) -> None:
         for event in self._engine.drain():
             route = self._routes.get(event.request_id)
+            self._prefilling.pop(event.request_id, None)
             if route is None:
                 continue  # cancelled meanwhile
             if event.finish:

@@ -7,6 +7,7 @@ Exception
 └── RequestError            answered over HTTP, in the envelope `{"error": {"message", "type", "param", "code"}}`
     ├── BadRequestError     400, the request's: names the parameter
     ├── NotFoundError       404
+    ├── UnavailableError    503: full, loading or shutting down; says when to try again
     └── EngineError         500, ours: the engine failed or died
 """
 
@@ -32,6 +33,7 @@ class RequestError(Exception):
         self.type = type
         self.message = message
         self.param = param
+        self.headers: dict[str, str] | None = None  # further ones of the answer
 
     def envelope(self) -> dict[str, Any]:
         """The body of the answer."""
@@ -50,6 +52,14 @@ class NotFoundError(RequestError):
 
     def __init__(self, message: str, param: str | None = None) -> None:
         super().__init__(404, "NotFoundError", message, param)
+
+
+class UnavailableError(RequestError):
+    """503: not now; the answer says after how many seconds to try again."""
+
+    def __init__(self, message: str, retry_after: int = 1) -> None:
+        super().__init__(503, "ServiceUnavailableError", message)
+        self.headers = {"retry-after": str(retry_after)}
 
 
 class EngineError(RequestError):

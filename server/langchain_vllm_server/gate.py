@@ -1,13 +1,17 @@
-"""What answers while the model loads."""
+"""What answers while the model loads, and while the server drains."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from langchain_vllm_server.errors import RequestError
-from langchain_vllm_server.responses import json_response
+from langchain_vllm_server.errors import UnavailableError
+from langchain_vllm_server.middleware import route_path
+from langchain_vllm_server.responses import error_response, json_response
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from starlette.responses import Response
     from starlette.types import ASGIApp, Receive, Scope, Send
 
     class Weights(Protocol):
@@ -40,27 +44,43 @@ class Progress:
 
 
 class Gate:
-    """The ASGI application from the first moment on: 503 until `app` is there, then that."""
+    """The ASGI application from the first moment to the last: 503 until `app` is there, then that, then 503 again."""
 
     def __init__(self, progress: Progress) -> None:
         self.app: ASGIApp | None = None
         self._progress = progress
+        self._open = 0  # requests
+        self._drained: Callable[[], None] | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The ASGI application."""
-        if self.app is not None:
-            await self.app(scope, receive, send)
-        elif scope["type"] == "http":
-            await self._loading(scope, receive, send)
+        app = self._refusal(route_path(scope)) if self._drained is not None else self.app
+        if app is None:
+            app = self._refusal(route_path(scope))
+        self._open += 1
+        try:
+            await app(scope, receive, send)
+        finally:
+            self._open -= 1
+            self._tell()
 
-    async def _loading(self, scope: Scope, receive: Receive, send: Send) -> None:
+    def drain(self, drained: Callable[[], None]) -> None:
+        """Let no more requests in, and call `drained` when the open ones have ended."""
+        self._drained = drained
+        self._tell()
+
+    def _tell(self) -> None:
+        if self._drained is not None and not self._open:
+            self._drained()
+
+    def _refusal(self, path: str) -> Response:
+        """What is answered in place of the application."""
         phase, fraction = self._progress.phase, self._progress.fraction
-        headers = {"retry-after": "1"}
-        if scope["path"] in ("/health", "/ping"):
-            response = json_response(
-                {"status": "loading", "phase": phase, "progress": round(fraction, 4)}, 503, headers
-            )
-        else:
-            error = RequestError(503, "ServiceUnavailableError", f"The model is still loading ({phase}).")
-            response = json_response(error.envelope(), 503, headers)
-        await response(scope, receive, send)
+        error = UnavailableError(f"The model is still loading ({phase}).")
+        health: dict[str, Any] = {"status": "loading", "phase": phase, "progress": round(fraction, 4)}
+        if self._drained is not None:
+            error = UnavailableError("The server is shutting down.")
+            health = {"status": "draining", "open_requests": self._open}
+        if path in ("/health", "/ping"):
+            return json_response(health, 503, error.headers)
+        return error_response(error)

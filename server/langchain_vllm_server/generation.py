@@ -336,6 +336,7 @@ def start(
         for index, (_, one) in enumerate(requests):
             one.num_prompt_logprobs = -1 if index % request.n else sampling.num_prompt_logprobs
     choices = [Choice(request, model, index, prompt) for index, (prompt, _) in enumerate(requests)]
+    service.engine.admit(len(requests))
     stream: EventStream | BeamStream
     if request.use_beam_search:
         if constraint is not None:

@@ -48,13 +48,14 @@ def listen(settings: Settings) -> socket.socket:
     return listener
 
 
-def address(listener: socket.socket) -> dict[str, str]:
+def address(listener: socket.socket, settings: Settings) -> dict[str, str]:
     """Where to reach a listening socket: `url`, and for a Unix socket `uds`."""
     name = listener.getsockname()
+    scheme = "http" if settings.ssl_certfile is None else "https"
     if listener.family == socket.AF_UNIX:
-        return {"url": "http://localhost", "uds": str(name)}
+        return {"url": f"{scheme}://localhost", "uds": str(name)}
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(name[0], name[0])
-    return {"url": f"http://[{host}]:{name[1]}" if ":" in host else f"http://{host}:{name[1]}"}
+    return {"url": f"{scheme}://[{host}]:{name[1]}" if ":" in host else f"{scheme}://{host}:{name[1]}"}
 
 
 def announce(fd: int, where: dict[str, str]) -> None:

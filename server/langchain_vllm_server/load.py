@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,6 +126,7 @@ def served_model(settings: Settings, checkpoint: Checkpoint, max_model_len: int)
         tokenizer_info=tokenizer_info(tokenizer, source, max_model_len)
         if settings.enable_tokenizer_info_endpoint
         else None,
+        own_fingerprint=_fingerprint(settings, checkpoint),
         response_role=settings.response_role,
         seeds=random.Random(settings.seed),
     )
@@ -148,6 +150,15 @@ def _named(family: Any, name: str | None, template: str | None, flag: str) -> An
     if name not in family.BY_NAME:
         raise ValueError(f"{flag} {name}: expected one of {', '.join(sorted(family.BY_NAME))}")
     return family.BY_NAME[name]
+
+
+def _fingerprint(settings: Settings, checkpoint: Checkpoint) -> str | None:
+    """It changes with what may change the answers to a request with a seed."""
+    if settings.fingerprint_mode in ("custom", "none"):
+        return settings.fingerprint_value
+    served = (str(checkpoint.path), settings.revision, settings.dtype, settings.quantization, settings.kv_cache_dtype)
+    digest = hashlib.sha256(repr(served).encode()).hexdigest()
+    return f"langchain-vllm-{_engine.__version__}-{digest[:8]}"
 
 
 def sampling_defaults(settings: Settings, generation_config: dict[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from langchain_vllm_server.process_metrics import process_lines
 from langchain_vllm_server.prometheus import Histogram, labels
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from langchain_vllm_server._engine import Stats
     from langchain_vllm_server.generation import Choice, Clock
@@ -103,9 +103,10 @@ class Metrics:
         if choice.num_tokens > 1:
             self.time_per_output_token.observe((clock.last_token - clock.first_token) / (choice.num_tokens - 1))
 
-    def render(self, stats: Stats) -> str:
-        """The page, with the engine's own counters as they stand."""
-        ours = (*self._gauges(stats), *self._counters(stats), *self._histograms(stats))
+    def render(self, stats: Stats, rejections: Mapping[str, int]) -> str:
+        """The page, with the engine's own counters as they stand, and requests refused, by the limit they met."""
+        counters = (*self._counters(stats), *self._rejections(rejections))
+        ours = (*self._gauges(stats), *counters, *self._histograms(stats))
         return "\n".join((*ours, *self.http.lines(), *process_lines(), ""))
 
     def _gauges(self, stats: Stats) -> Iterator[str]:
@@ -144,6 +145,11 @@ class Metrics:
         yield from self._header("request_success_total", "counter", "Requests by how they ended.")
         for reason, count in self._success.items():
             yield f'vllm:request_success_total{{finished_reason="{reason}",{self._labels}}} {float(count)}'
+
+    def _rejections(self, rejections: Mapping[str, int]) -> Iterator[str]:
+        yield from self._header("admission_rejections_total", "counter", "Requests refused because the queue was full.")
+        for reason, count in rejections.items():
+            yield f'vllm:admission_rejections_total{{reason="{reason}",{self._labels}}} {float(count)}'
 
     def _histograms(self, stats: Stats) -> Iterator[str]:
         steps = Histogram.of_powers(_STEP_TOKENS, stats.steps_by_size, stats.step_tokens)

@@ -97,6 +97,7 @@ async def pool(service: Service, fields: PoolingFields, prompts: Sequence[list[i
         sampling.parameters(fields.carrier(), service.model, None), max_tokens=0, pooling=service.model.pooling
     )
     pooled = [Pooled(len(prompt), Clock()) for prompt in prompts]
+    service.engine.admit(len(prompts))
     stream = service.engine.submit([(prompt, wanted) for prompt in prompts], eager=False)
     try:
         async for events in stream:

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
     from starlette.types import Receive, Scope, Send
 
+    from langchain_vllm_server.errors import RequestError
+
 T = TypeVar("T")
 
 encode_json = msgspec.json.Encoder().encode
@@ -23,6 +25,11 @@ DONE = b"data: [DONE]\n\n"
 def json_response(content: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
     """A JSON body."""
     return Response(encode_json(content), status, headers, "application/json")
+
+
+def error_response(error: RequestError) -> Response:
+    """An error in the envelope."""
+    return json_response(error.envelope(), error.status, error.headers)
 
 
 def sse(data: bytes) -> bytes:

@@ -87,7 +87,7 @@ async def _load(service: Service, _request: Request) -> Response:
 
 
 async def _prometheus(service: Service, _request: Request) -> Response:
-    text = service.metrics.render(service.engine.stats())
+    text = service.metrics.render(service.engine.stats(), service.engine.rejections)
     return Response(text, headers={"content-type": CONTENT_TYPE})
 
 

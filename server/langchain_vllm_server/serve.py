@@ -15,8 +15,11 @@ from typing import TYPE_CHECKING
 
 import uvicorn
 
+from langchain_vllm_server.errors import StartError
 from langchain_vllm_server.gate import Gate, Progress
 from langchain_vllm_server.listen import address, watch_parent
+from langchain_vllm_server.logs import set_up_logging
+from langchain_vllm_server.middleware import wrap
 
 if TYPE_CHECKING:
     import socket
@@ -27,7 +30,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_GRACE_SECONDS = 2.0  # for the last bytes, after the engine was stopped
+_GRACE_SECONDS = 2  # for the last bytes, after the engine was stopped
 
 
 def serve(settings: Settings, listener: socket.socket) -> int:
@@ -36,7 +39,7 @@ def serve(settings: Settings, listener: socket.socket) -> int:
     Raises:
         CheckpointError, ValueError, MemoryError, OSError: The model could not be loaded.
     """
-    _set_up_logging(settings)
+    set_up_logging(settings)
     started = time.monotonic()
     process = ServerProcess(settings, listener)
     try:
@@ -71,17 +74,27 @@ class ServerProcess:
         self._gate = Gate(self._progress)
         self._engine: AsyncEngine | None = None
         self._thread: threading.Thread | None = None
+        self._stopping = False
         self.http = HttpServer(
             uvicorn.Config(
-                self._gate,
+                wrap(self._gate, settings),
                 log_config=None,
                 access_log=not settings.disable_uvicorn_access_log,
                 lifespan="off",
                 ws="none",
                 server_header=False,
-                timeout_graceful_shutdown=round(settings.shutdown_timeout + _GRACE_SECONDS),
+                timeout_graceful_shutdown=_GRACE_SECONDS,
+                ssl_keyfile=settings.ssl_keyfile,
+                ssl_certfile=settings.ssl_certfile,
+                ssl_ca_certs=settings.ssl_ca_certs,
+                ssl_cert_reqs=settings.ssl_cert_reqs,
             )
         )
+
+        try:
+            self.http.config.load()
+        except OSError as error:  # as it is of ssl, too
+            raise StartError(f"cannot serve TLS with {settings.ssl_certfile}: {error}") from None
 
     @property
     def is_loading(self) -> bool:
@@ -95,7 +108,8 @@ class ServerProcess:
             loop.add_signal_handler(number, self.stop)
         if self._settings.parent_fd is not None:
             watch_parent(loop, self._settings.parent_fd, self.abandon)
-        logger.info("listening on %s, loading %s", " ".join(address(self._listener).values()), self._settings.model)
+        where = " ".join(address(self._listener, self._settings).values())
+        logger.info("listening on %s, loading %s", where, self._settings.model)
         serving = asyncio.create_task(self.http.serve(sockets=[self._listener]))
         loading = self._load()
         progress = asyncio.create_task(self._show_progress())
@@ -108,16 +122,29 @@ class ServerProcess:
         finally:
             progress.cancel()
             self._stop_engine()
-            self.stop()
+            self._end()
             await serving
 
     def stop(self) -> None:
         """Take no more requests, give the open ones the settings' time, then end; a second call ends at once."""
-        if self.http.should_exit:
+        if self._stopping:
             self.http.force_exit = True
             self._stop_engine()
-        elif self._engine is not None:
-            asyncio.get_running_loop().call_later(self._settings.shutdown_timeout, self._stop_engine)
+            self._end()
+        elif self._engine is None:
+            self._end()
+        else:
+            asyncio.get_running_loop().call_later(self._settings.shutdown_timeout, self._cut)
+            self._gate.drain(self._end)
+        self._stopping = True
+
+    def _cut(self) -> None:
+        """The time is over: what still runs ends with an error."""
+        self._stop_engine()
+        self._end()
+
+    def _end(self) -> None:
+        """Close what is idle, and return from `run` as soon as nothing is left."""
         self.http.should_exit = True
 
     def abandon(self) -> None:
@@ -154,14 +181,15 @@ class ServerProcess:
         """Let requests through to the model."""
         from langchain_vllm_server._engine import SamplingParams
         from langchain_vllm_server.app import create_app
-        from langchain_vllm_server.async_engine import AsyncEngine
+        from langchain_vllm_server.async_engine import AsyncEngine, QueueLimits
         from langchain_vllm_server.generation import Service
         from langchain_vllm_server.metrics import Metrics
 
         model, engine = loaded.model, loaded.engine
-        self._engine = AsyncEngine(engine, SamplingParams)
+        limits = QueueLimits(self._settings.max_num_queued_reqs, self._settings.max_num_queued_tokens)
+        self._engine = AsyncEngine(engine, SamplingParams, limits)
         metrics = Metrics(model.names[0], model.max_model_len)
-        self._gate.app = create_app(Service(model, self._engine, metrics), self._settings.api_key)
+        self._gate.app = create_app(Service(model, self._engine, metrics))
         logger.info(
             "ready in %.1f s: %s on %s, %d MiB of weights, context of %d tokens",
             time.monotonic() - started,
@@ -187,12 +215,3 @@ class ServerProcess:
                     print(f"\r{self._progress.phase} {fraction:4.0%} ", end="", file=sys.stderr, flush=True)  # noqa: T201
         finally:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)  # noqa: T201
-
-
-def _set_up_logging(settings: Settings) -> None:
-    level = settings.log_level.upper()
-    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
-    # Uvicorn tells of its own start and stop at INFO; the lines above say more.
-    logging.getLogger("uvicorn.error").setLevel("DEBUG" if level == "DEBUG" else "WARNING")
-    if settings.without_effect:
-        logger.warning("without effect on this server: %s", " ".join(settings.without_effect))

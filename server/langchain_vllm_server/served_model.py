@@ -48,6 +48,7 @@ class ServedModel:
     reasoning_format: ReasoningFormat | None = None  # how it marks its reasoning
     hides_unused_tools: bool = False  # keep tools that must not be called out of the prompt
     reasoning_content: bool = False  # tell reasoning under this older name, too
+    own_fingerprint: str | None = ""  # in the place of that of the version; None: none
     response_role: str = "assistant"
     hidden_size: int = 0  # numbers in a vector
     pooling: str = "mean"  # what vectors are made of: the "mean" of all tokens' states, or the "last" one
@@ -57,9 +58,9 @@ class ServedModel:
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property
-    def fingerprint(self) -> str:
+    def fingerprint(self) -> str | None:
         """`system_fingerprint` of answers."""
-        return f"langchain-vllm-{self.version}"
+        return f"langchain-vllm-{self.version}" if self.own_fingerprint == "" else self.own_fingerprint
 
     def check_name(self, name: str | None) -> str:
         """The name to answer under. Raises NotFoundError for one that is not served."""

@@ -18,16 +18,19 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from langchain_vllm_server.app import create_app
-from langchain_vllm_server.async_engine import AsyncEngine
+from langchain_vllm_server.async_engine import AsyncEngine, QueueLimits
 from langchain_vllm_server.chat_template import ChatTemplate
 from langchain_vllm_server.generation import Service
 from langchain_vllm_server.metrics import Metrics
+from langchain_vllm_server.middleware import ApiKeys, BodyLimits
 from langchain_vllm_server.served_model import ServedModel
 from langchain_vllm_server.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Sequence
 
+MAX_BODY_BYTES = 100_000
+UNLIMITED = QueueLimits()
 EOS = "<|im_end|>"
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -232,12 +235,13 @@ class FakeEngine:
 class Server:
     """The application on a fake engine, and a client to it."""
 
-    def __init__(self, model: ServedModel, engine: FakeEngine, api_keys: Sequence[str]) -> None:
+    def __init__(self, model: ServedModel, engine: FakeEngine, api_keys: Sequence[str], limits: QueueLimits) -> None:
         self.model = model
         self.fake = engine
-        self.engine = AsyncEngine(engine, SimpleNamespace)  # type: ignore[arg-type]
+        self.engine = AsyncEngine(engine, SimpleNamespace, limits)  # type: ignore[arg-type]
         self.service = Service(model, self.engine, Metrics(model.names[0], model.max_model_len))
-        self.app = create_app(self.service, api_keys)
+        app = BodyLimits(create_app(self.service), MAX_BODY_BYTES, 60)
+        self.app = ApiKeys(app, api_keys) if api_keys else app
         transport = httpx.ASGITransport(self.app, raise_app_exceptions=False)
         self.client = httpx.AsyncClient(transport=transport, base_url="http://server")
 
@@ -266,6 +270,7 @@ async def running(
     *,
     step_seconds: float = 0.0,
     api_keys: Sequence[str] = (),
+    limits: QueueLimits = UNLIMITED,
     template: str | None = CHATML,
     **model: Any,
 ) -> AsyncIterator[Server]:
@@ -284,7 +289,7 @@ async def running(
         **model,
     }
     script = spell(answer) if isinstance(answer, str) else answer
-    server = Server(ServedModel(**served), FakeEngine(script, step_seconds), api_keys)
+    server = Server(ServedModel(**served), FakeEngine(script, step_seconds), api_keys, limits)
     try:
         yield server
     finally:

@@ -8,9 +8,8 @@ from typing import Any
 import httpx
 import pytest
 
-from langchain_vllm_server import app as app_module
 from langchain_vllm_server.gate import Gate, Progress
-from tests.server.fakes import Server, running, sse_data, until
+from tests.server.fakes import MAX_BODY_BYTES, Server, running, sse_data, until
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 
@@ -200,9 +199,8 @@ async def test_other_content_types_are_refused(server: Server, content_type: str
     assert "application/json" in check_envelope(response, 400)["message"]
 
 
-async def test_bodies_have_a_limit(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(app_module, "MAX_BODY_BYTES", 1000)
-    check_envelope(await server.complete("x" * 1000), 413, "RequestTooLargeError")
+async def test_bodies_have_a_limit(server: Server) -> None:
+    check_envelope(await server.complete("x" * MAX_BODY_BYTES), 413, "RequestTooLargeError")
 
 
 async def test_unknown_models_and_routes(server: Server) -> None:
@@ -323,7 +321,7 @@ async def test_hanging_up_cancels_in_the_engine(stream: bool, n: int) -> None:
         assert server.fake.cancelled == [r.id for r in server.fake.submitted]
         assert all(len(r.output) < 1000 for r in server.fake.submitted)
         assert f'finished_reason="abort",engine="0",model_name="tiny"}} {float(n)}' in server.service.metrics.render(
-            server.engine.stats()
+            server.engine.stats(), server.engine.rejections
         )
 
 

@@ -25,6 +25,7 @@ NAMES = [
     "prompt_tokens_total",
     "generation_tokens_total",
     "request_success_total",
+    "admission_rejections_total",
     "request_prompt_tokens",
     "request_generation_tokens",
     "request_params_max_tokens",
@@ -111,7 +112,7 @@ async def test_token_buckets_go_up_to_the_context() -> None:
 
 
 async def test_labels_are_escaped(server: Server) -> None:
-    text = Metrics('a"b\\c', 16).render(server.engine.stats())
+    text = Metrics('a"b\\c', 16).render(server.engine.stats(), {})
     assert 'model_name="a\\"b\\\\c"' in text
 
 
