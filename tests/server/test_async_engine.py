@@ -10,7 +10,7 @@ import pytest
 from langchain_vllm_server import async_engine
 from langchain_vllm_server.async_engine import AsyncEngine
 from langchain_vllm_server.constraint import ConstraintError
-from langchain_vllm_server.errors import BadRequestError, EngineError
+from langchain_vllm_server.errors import BadRequestError, EngineError, UnavailableError
 from langchain_vllm_server.sampling import Sampling
 from tests.server.fakes import FakeEngine, until
 
@@ -114,7 +114,7 @@ async def test_stopping_ends_open_streams_with_an_error() -> None:
     await anext(stream)
     engine.stop()
     assert fake.stopped
-    with pytest.raises(EngineError, match="shutting down"):
+    with pytest.raises(UnavailableError, match="shutting down"):
         async for _ in stream:
             pass
 
