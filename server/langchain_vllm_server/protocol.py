@@ -212,6 +212,9 @@ class DetokenizeRequest(msgspec.Struct, kw_only=True):
 T = TypeVar("T", bound=msgspec.Struct)
 
 
+_MAX_DEPTH = 64  # of a body's objects and lists, as vLLM's
+
+
 def decode(body: bytes, type: type[T]) -> T:  # noqa: A002
     """Decode and check the types of a JSON body. Raises RequestError (400) that names the field."""
     raw = decode_object(body)
@@ -236,7 +239,20 @@ def decode_object(body: bytes) -> dict[str, Any]:
         raise _invalid(f"the body is not valid JSON: {error}") from None
     if not isinstance(raw, dict):
         raise _invalid("the body must be a JSON object")
+    if _is_deep(raw):
+        raise _invalid(f"the body is nested more than {_MAX_DEPTH} levels deep")
     return {name: value for name, value in raw.items() if value is not None}
+
+
+def _is_deep(value: Any) -> bool:
+    """What walks schemas and messages recurses: a deep body must not use up the stack."""
+    level = [value]
+    for _ in range(_MAX_DEPTH):
+        parts = [inner for outer in level for inner in (outer.values() if isinstance(outer, dict) else outer)]
+        level = [part for part in parts if isinstance(part, dict | list)]
+        if not level:
+            return False
+    return True
 
 
 def _invalid(message: str, param: str | None = None) -> RequestError:

@@ -17,6 +17,7 @@ import uvicorn
 
 from langchain_vllm_server.errors import StartError
 from langchain_vllm_server.gate import Gate, Progress
+from langchain_vllm_server.http_protocol import Http
 from langchain_vllm_server.listen import address, watch_parent
 from langchain_vllm_server.logs import set_up_logging
 from langchain_vllm_server.middleware import wrap
@@ -78,6 +79,7 @@ class ServerProcess:
         self.http = HttpServer(
             uvicorn.Config(
                 wrap(self._gate, settings),
+                http=Http,
                 log_config=None,
                 access_log=not settings.disable_uvicorn_access_log,
                 lifespan="off",

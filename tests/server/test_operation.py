@@ -296,3 +296,14 @@ def test_nothing_is_logged_while_nothing_happens() -> None:
         errors = log_of(process)
     assert len(errors.splitlines()) == 2, errors  # listening, ready
     assert "secret" not in errors
+
+
+def test_a_head_without_end_is_refused() -> None:
+    with server("load=0", "--port", "0") as process:
+        process.wait_ready()
+        with connect(process) as connection:
+            connection.sendall(b"GET /health HTTP/1.1\r\nx: " + b"y" * 70_000)
+            assert connection.makefile("rb").read().startswith(b"HTTP/1.1 431")
+        with connect(process) as connection:  # a long body in the same packet as the head is none
+            connection.sendall(head(json.dumps({"prompt": "x" * 3000, "max_tokens": 1}).encode()))
+            assert connection.recv(4096).startswith(b"HTTP/1.1 200")
