@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import resource
 import signal
 import sys
 import threading
@@ -41,6 +42,7 @@ def serve(settings: Settings, listener: socket.socket) -> int:
         CheckpointError, ValueError, MemoryError, OSError: The model could not be loaded.
     """
     set_up_logging(settings)
+    _allow_connections()
     started = time.monotonic()
     process = ServerProcess(settings, listener)
     try:
@@ -55,6 +57,12 @@ def serve(settings: Settings, listener: socket.socket) -> int:
         sys.stderr.flush()
         os._exit(0)
     return 0
+
+
+def _allow_connections() -> None:
+    """Have as many descriptors as the system grants: every connection takes one."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 class HttpServer(uvicorn.Server):

@@ -33,6 +33,7 @@ JUNK: list[Any] = [
     ["\ud800"],
     {"": None},
 ]
+JSON = {"content-type": "application/json"}
 VALID: dict[str, Any] = {
     "prompt": "Hi", "max_tokens": 2, "messages": [{"role": "user", "content": "Hi"}], "input": "Hi", "tokens": [1],
     "query": "a", "documents": ["b"], "text_1": "a", "text_2": "b",
@@ -61,9 +62,7 @@ async def test_every_field_of_every_request_with_every_wrong_type(operation: Any
         for field in fields:
             for junk in JUNK:
                 body = json.dumps({**base, field.encode_name: junk}).encode()
-                check(
-                    await server.client.post(operation.path, content=body, headers={"content-type": "application/json"})
-                )
+                check(await server.client.post(operation.path, content=body, headers=JSON))
         await check_alive(server)
 
 
@@ -81,7 +80,7 @@ async def test_bodies_that_are_cut_or_scrambled(operation: Any) -> None:
     bodies += [b"[" * 50_000, b'{"a":' * 5_000, b'{"prompt":"' + b"\\ud800" + b'"}', b"nul", b"\xef\xbb\xbf{}"]
     async with running() as server:
         for body in bodies:
-            check(await server.client.post(operation.path, content=body, headers={"content-type": "application/json"}))
+            check(await server.client.post(operation.path, content=body, headers=JSON))
         await check_alive(server)
 
 
