@@ -76,7 +76,9 @@ class AnswerForm:
                 "thinking_token_budget",
             )
         if (constraint is not None or budget is not None) and self._request.use_beam_search:
-            raise BadRequestError("`use_beam_search` does not go with a constrained answer.", "use_beam_search")
+            wanted = requested_grammar(self._request)
+            param = wanted[1] if wanted else "tools" if self._use else "thinking_token_budget"
+            raise BadRequestError(f"`{param}` does not go together with `use_beam_search`; leave one out.", param)
         if self._reasoning is None or (constraint is None and budget is None):
             return constraint
         return Thinking(self._model, self._reasoning, thinking=self._thinking, budget=budget, after=constraint)
@@ -155,6 +157,8 @@ class AnswerReader:
                 if not calls or calls[-1]["index"] != self._num_calls - 1:
                     calls.append({"index": self._num_calls - 1, "function": {"arguments": ""}})
                 calls[-1]["function"]["arguments"] += text
+        if self._use is not None and self._use.choice != "auto" and self._num_calls:
+            news.pop("content", None)  # a list that was cut short ends in half a call
         if not self._shows_reasoning:
             news.pop("reasoning", None)
         elif self._both_names and "reasoning" in news:

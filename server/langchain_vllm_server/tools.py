@@ -154,10 +154,17 @@ def _functions(tools: list[dict[str, Any]]) -> tuple[dict[str, Any], dict[str, s
             raise BadRequestError(f"tools[{number}] needs a `function` with a `name`.", "tools")
         if name in schemas:
             raise BadRequestError(f"tools[{number}]: there is another function `{name}`.", "tools")
-        schemas[name] = function.get("parameters") or _NO_PARAMETERS
+        schemas[name] = _arguments(function.get("parameters"))
         params[name] = f"tools[{number}].function.parameters (of `{name[:60]}`)"
         strict = strict or function.get("strict") is True
     return schemas, params, strict
+
+
+def _arguments(schema: Any) -> Any:
+    """The schema of a function's arguments. One that lists no property, and says nothing of others, has none."""
+    if not schema or (isinstance(schema, dict) and schema.keys() <= {"type", "properties", "title", "description"}):
+        return schema if schema and schema.get("properties") else _NO_PARAMETERS
+    return schema
 
 
 def _named(choice: str | dict[str, Any] | None, schemas: Mapping[str, Any]) -> str:

@@ -41,12 +41,6 @@ class TestChatVLLM(ChatModelIntegrationTests):
 
     # The requests are well-formed and answered, but not as the tests want, by a greedy 135M model in 256 tokens.
 
-    @pytest.mark.xfail(
-        reason="the server lets a forced call have arguments that its schema does not list, and the model invents one"
-    )
-    def test_tool_calling_with_no_arguments(self, model: Any) -> None:
-        super().test_tool_calling_with_no_arguments(model)
-
     @pytest.mark.xfail(reason="without a schema, the model repeats one clause of its joke for ever")
     def test_json_mode(self, model: Any) -> None:
         super().test_json_mode(model)
