@@ -116,7 +116,7 @@ def tool_use(request: ChatCompletionRequest, model: ServedModel) -> ToolUse | No
     single = request.parallel_tool_calls is False
     form = model.tool_format
     if choice in (None, "auto"):
-        if strict and form.written is None:
+        if strict and not _can_hold(form, model):
             raise BadRequestError(
                 f"The arguments of a `strict` tool cannot be enforced in this model's own spelling of calls "
                 f'({form.names[0]}) while the model decides; set `tool_choice` to "required" or to the function.',
@@ -178,6 +178,15 @@ def _named(choice: str | dict[str, Any] | None, schemas: Mapping[str, Any]) -> s
     if name not in schemas:
         raise BadRequestError(f"`tool_choice` names `{name}`, which is not among `tools`.", "tool_choice")
     return name
+
+
+def _can_hold(form: ToolFormat, model: ServedModel) -> bool:
+    """Whether a grammar can hold calls amid free text: their arguments are JSON, and no special token begins them."""
+    if form.written is None:
+        return False
+    trigger = form.written.open or form.triggers[0]
+    tokens = [model.tokenizer.token_id(mark[0]) for mark in _MARK.finditer(trigger)]
+    return not any(token is not None and model.tokenizer.is_special(token) for token in tokens)
 
 
 def _spelled(text: str, model: ServedModel) -> str:
