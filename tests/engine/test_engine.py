@@ -21,7 +21,7 @@ from tests.parity.test_tiny_models import VOCAB, make_llama, make_mistral
 if TYPE_CHECKING:
     from pathlib import Path
 
-SMALL = {"max_num_batched_tokens": 64, "max_num_seqs": 16, "max_model_len": 128, "memory_bytes": 700 << 10}
+SMALL = {"max_num_batched_tokens": 64, "max_num_seqs": 16, "max_model_len": 128, "memory_bytes": 600 << 10}
 
 
 @pytest.fixture(scope="module")

@@ -29,7 +29,7 @@ from langchain_vllm_server.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Sequence
 
-MAX_BODY_BYTES = 1_000_000
+MAX_BODY_BYTES = 4_000_000
 UNLIMITED = QueueLimits()
 EOS = "<|im_end|>"
 CHATML = (
