@@ -76,7 +76,7 @@ class AnswerForm:
                 "thinking_token_budget",
             )
         if (constraint is not None or budget is not None) and self._request.use_beam_search:
-            wanted = requested_grammar(self._request)
+            wanted = requested_grammar(self._request, self._model.spelling)
             param = wanted[1] if wanted else "tools" if self._use else "thinking_token_budget"
             raise BadRequestError(f"`{param}` does not go together with `use_beam_search`; leave one out.", param)
         if self._reasoning is None or (constraint is None and budget is None):
@@ -84,7 +84,7 @@ class AnswerForm:
         return Thinking(self._model, self._reasoning, thinking=self._thinking, budget=budget, after=constraint)
 
     async def _compiled(self) -> Constraint | None:
-        wanted = requested_grammar(self._request)
+        wanted = requested_grammar(self._request, self._model.spelling)
         if self._use is None:
             return None if wanted is None else await structured.compile(*wanted[:1], self._model, wanted[1])
         text = wanted[0] if wanted else None

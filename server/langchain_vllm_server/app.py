@@ -17,16 +17,16 @@ from langchain_vllm_server.errors import BadRequestError, RequestError
 from langchain_vllm_server.http_metrics import CountedRequests
 from langchain_vllm_server.protocol import GenerationRequest, decode
 from langchain_vllm_server.responses import ClientDisconnect, error_response, json_response, until_disconnect
-from langchain_vllm_server.routes import OPERATIONS, PAGES
+from langchain_vllm_server.routes import DOCS, OPERATIONS, PAGES, Page
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Sequence
 
     import msgspec
     from starlette.types import ASGIApp
 
     from langchain_vllm_server.generation import Service
-    from langchain_vllm_server.routes import Operation, Page
+    from langchain_vllm_server.routes import Operation
 
     Endpoint = Callable[[Request], Awaitable[Response]]
 
@@ -37,9 +37,9 @@ _REASONS = {404: "NotFoundError", 405: "MethodNotAllowedError"}
 R = TypeVar("R", bound="msgspec.Struct")
 
 
-def create_app(service: Service) -> ASGIApp:
-    """The application that serves one model."""
-    routes = _routes(service)
+def create_app(service: Service, *, docs: bool = True) -> ASGIApp:
+    """The application that serves one model, with the pages that describe it unless `docs` is false."""
+    routes = _routes(service, [page for page in PAGES if docs or page.path not in DOCS])
     app = Starlette(
         routes=routes,
         exception_handlers={RequestError: _request_error, HTTPException: _http_error, Exception: _server_error},
@@ -47,9 +47,9 @@ def create_app(service: Service) -> ASGIApp:
     return CountedRequests(app, {route.endpoint: route.path for route in routes}, service.metrics.http)
 
 
-def _routes(service: Service) -> list[Route]:
-    pages = [Route(page.path, _get(service, page), methods=list(page.methods)) for page in PAGES]
-    return pages + [Route(operation.path, _post(service, operation), methods=["POST"]) for operation in OPERATIONS]
+def _routes(service: Service, pages: Sequence[Page]) -> list[Route]:
+    got = [Route(page.path, _get(service, page), methods=list(page.methods)) for page in pages]
+    return got + [Route(operation.path, _post(service, operation), methods=["POST"]) for operation in OPERATIONS]
 
 
 def _get(service: Service, page: Page) -> Endpoint:

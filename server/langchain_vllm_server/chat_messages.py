@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from langchain_vllm_server.served_model import ServedModel
 
 # What a template gets from elsewhere in the request.
-_RESERVED = frozenset(
+RESERVED_KWARGS = frozenset(
     {"messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "chat_template", "tokenize"}
 )
 
@@ -43,7 +43,7 @@ def render_chat(request: ChatCompletionRequest | TokenizeRequest, model: ServedM
         "documents": request.documents,
         "add_generation_prompt": request.add_generation_prompt,
         "continue_final_message": request.continue_final_message,
-        **_template_kwargs(request),
+        **_template_kwargs(model, request),
     }
     problem = ""
     for tolerated in (turns, alternating(turns), without_system(alternating(turns))):
@@ -113,17 +113,18 @@ def _checked(request: ChatCompletionRequest | TokenizeRequest) -> list[Message]:
     return request.messages
 
 
-def _template_kwargs(request: ChatCompletionRequest | TokenizeRequest) -> dict[str, Any]:
+def _template_kwargs(model: ServedModel, request: ChatCompletionRequest | TokenizeRequest) -> dict[str, Any]:
     given = request.chat_template_kwargs
-    taken = sorted(given.keys() & _RESERVED)
+    taken = sorted(given.keys() & RESERVED_KWARGS)
     if taken:
         raise BadRequestError(
             f"`{taken[0]}` is a field of the request, not of chat_template_kwargs.", "chat_template_kwargs"
         )
     effort = request.reasoning_effort
     if effort is None:
-        return given
-    return {"reasoning_effort": effort, "enable_thinking": effort != "none", **given}
+        return {**model.chat_template_kwargs, **given}
+    by_effort = {"reasoning_effort": effort, "enable_thinking": effort != "none"}
+    return {**model.chat_template_kwargs, **by_effort, **given}
 
 
 def _as_dict(message: Message, number: int, *, parts: bool) -> dict[str, Any]:

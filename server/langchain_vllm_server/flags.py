@@ -10,6 +10,7 @@ import argparse
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from langchain_vllm_server.flag_configs import PoolerConfig, ReasoningConfig, StructuredOutputsConfig, config
 from langchain_vllm_server.flag_values import (
     integer,
     json_object,
@@ -75,6 +76,12 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
         Flag("--download-dir", "where hub models are kept"),
         Flag("--served-model-name", "names that requests may use", metavar="NAME"),
         Flag("--chat-template", "a Jinja template, or the file that holds one", template),
+        Flag(
+            "--chat-template-content-format",
+            "messages' contents as the template takes them: auto (as it reads them), string or openai (parts)",
+            ("auto", "string", "openai"),
+        ),
+        Flag("--default-chat-template-kwargs", "for the template, where a request says nothing", json_object, "JSON"),
         Flag("--response-role", "role of the answers, default assistant"),
         Flag("--generation-config", "sampling defaults: auto (the model's), vllm (none) or a folder"),
         Flag("--override-generation-config", "sampling defaults to set or replace", json_object, "JSON"),
@@ -128,6 +135,9 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
         Flag("--enable-tokenizer-info-endpoint", "tell the chat template at /tokenizer_info"),
         Flag("--tool-call-parser", "how the model spells tool calls; default: by its chat template", metavar="NAME"),
         Flag("--reasoning-parser", "how the model marks reasoning; default: by its chat template", metavar="NAME"),
+        Flag("--reasoning-config", "texts that begin and end reasoning", config(ReasoningConfig), "JSON"),
+        Flag("--structured-outputs-config", "how JSON is spelled", config(StructuredOutputsConfig), "JSON"),
+        Flag("--pooler-config", "what vectors are made of", config(PoolerConfig), "JSON"),
         Flag("--exclude-tools-when-tool-choice-none", "hide tools that must not be called"),
         Flag("--reasoning-content", "tell reasoning as `reasoning_content`, too, its older name"),
         Flag(
@@ -177,6 +187,7 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
             "module.Name",
             repeats=True,
         ),
+        Flag("--disable-fastapi-docs", "no /docs and no /openapi.json"),
         Flag("--enable-request-id-headers", "answer with X-Request-Id, the request's own or a new one"),
         Flag(
             "--shutdown-timeout",

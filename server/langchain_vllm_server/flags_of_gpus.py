@@ -19,16 +19,15 @@ VALUES = """
 --max-num-partial-prefills --max-long-partial-prefills --long-prefill-token-threshold --num-lookahead-slots
 --hf-token --hf-config-path --code-revision --tokenizer-revision --config-format
 --max-loras --max-lora-rank --lora-dtype --limit-mm-per-prompt --mm-processor-cache-gb --allowed-local-media-path
---structured-outputs-config --reasoning-config
 --h11-max-incomplete-event-size --h11-max-header-count
---chat-template-content-format --tool-strict-level
+--tool-strict-level
 """
 SWITCHES = """
 --enforce-eager --trust-remote-code --enable-chunked-prefill --async-scheduling --disable-custom-all-reduce
 --disable-sliding-window --enable-expert-parallel/-ep --enable-eplb --enable-dbo --use-tqdm-on-load
 --data-parallel-hybrid-lb/-dph --data-parallel-external-lb/-dpe --disable-log-stats --disable-log-requests
 --enable-log-deltas --log-error-stack --enable-mfu-metrics --kv-cache-metrics --disable-frontend-multiprocessing
---disable-fastapi-docs --enable-prompt-tokens-details --enable-per-request-metrics --enable-server-load-tracking
+--enable-prompt-tokens-details --enable-per-request-metrics --enable-server-load-tracking
 --enable-auto-tool-choice --enable-offline-docs
 --enable-sleep-mode --enable-scale-out --enable-ssl-refresh --calculate-kv-scales --disable-cascade-attn
 --disable-hybrid-kv-cache-manager
@@ -45,7 +44,6 @@ REFUSED = {
     "--reasoning-parser-plugin": "parsers cannot be loaded from a file",
     "--tool-server": "the server runs no tools of its own",
     "--logits-processors": "logits processors cannot be loaded",
-    "--default-chat-template-kwargs": "give `chat_template_kwargs` in each request",
     "--headless": "there is no server without HTTP",
     "--tokens-only": "the server always speaks text, too",
     "--skip-tokenizer-init": "the server always speaks text, too",

@@ -6,23 +6,26 @@ import hashlib
 import random
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 
 from langchain_vllm_server import _engine, reasoning, tool_parsers
-from langchain_vllm_server.chat_messages import content_format
+from langchain_vllm_server.chat_messages import RESERVED_KWARGS, content_format
 from langchain_vllm_server.chat_template import ChatTemplate
 from langchain_vllm_server.checkpoint import load_checkpoint
 from langchain_vllm_server.engine_config import to_engine
 from langchain_vllm_server.errors import CheckpointError
 from langchain_vllm_server.hub import resolve_model
+from langchain_vllm_server.json_schema import Spelling
+from langchain_vllm_server.reasoning import ReasoningFormat
 from langchain_vllm_server.sampling import model_defaults
 from langchain_vllm_server.served_model import ServedModel
 from langchain_vllm_server.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from langchain_vllm_server.checkpoint import Checkpoint
+    from langchain_vllm_server.flag_configs import StructuredOutputsConfig
     from langchain_vllm_server.gate import Progress
     from langchain_vllm_server.settings import Settings
 
@@ -110,7 +113,10 @@ def served_model(settings: Settings, checkpoint: Checkpoint, max_model_len: int)
         max_model_len=max_model_len,
         eos_token_ids=tuple(checkpoint.eos_token_ids),
         chat_template=None if source is None else _template(source, tokenizer),
-        content_format="string" if source is None else content_format(source),
+        content_format=_content_format(settings, source),
+        chat_template_kwargs=_template_kwargs(settings),
+        spelling=_spelling(settings.structured_outputs_config),
+        pooling=settings.pooler_config.pooling,
         sampling_defaults=sampling_defaults(settings, checkpoint.generation_config),
         max_logprobs=settings.max_logprobs,
         return_tokens_as_token_ids=settings.return_tokens_as_token_ids,
@@ -120,7 +126,7 @@ def served_model(settings: Settings, checkpoint: Checkpoint, max_model_len: int)
         stream_interval=settings.stream_interval,
         cache_block_size=_engine.KV_BLOCK_SIZE if settings.enable_prefix_caching else 0,
         tool_format=_named(tool_parsers, settings.tool_call_parser, source, "--tool-call-parser"),
-        reasoning_format=_named(reasoning, settings.reasoning_parser, source, "--reasoning-parser"),
+        reasoning_format=_reasoning_format(settings, source),
         hides_unused_tools=settings.exclude_tools_when_tool_choice_none,
         reasoning_content=settings.reasoning_content,
         tokenizer_info=tokenizer_info(tokenizer, source, max_model_len)
@@ -130,6 +136,31 @@ def served_model(settings: Settings, checkpoint: Checkpoint, max_model_len: int)
         response_role=settings.response_role,
         seeds=random.Random(settings.seed),
     )
+
+
+def _content_format(settings: Settings, template: str | None) -> str:
+    if settings.chat_template_content_format != "auto":
+        return settings.chat_template_content_format
+    return "string" if template is None else content_format(template)
+
+
+def _template_kwargs(settings: Settings) -> dict[str, Any]:
+    kwargs = settings.default_chat_template_kwargs or {}
+    if taken := RESERVED_KWARGS & kwargs.keys():
+        raise ValueError(f"--default-chat-template-kwargs: {min(taken)} is what requests say in other fields")
+    return kwargs
+
+
+def _spelling(config: StructuredOutputsConfig) -> Spelling:
+    return Spelling(config.disable_any_whitespace, config.disable_additional_properties)
+
+
+def _reasoning_format(settings: Settings, template: str | None) -> ReasoningFormat | None:
+    """Raises ValueError for a parser that there is not."""
+    if (marks := settings.reasoning_config) is not None:
+        return ReasoningFormat(("custom",), (), opens=(marks.reasoning_start_str,), closes=(marks.reasoning_end_str,))
+    name = settings.reasoning_parser or settings.structured_outputs_config.reasoning_parser or None
+    return cast("ReasoningFormat | None", _named(reasoning, name, template, "--reasoning-parser"))
 
 
 def tokenizer_info(tokenizer: Tokenizer, template: str | None, max_model_len: int) -> dict[str, Any]:

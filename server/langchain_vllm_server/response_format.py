@@ -55,7 +55,7 @@ class StructuredOutputs(msgspec.Struct, kw_only=True, forbid_unknown_fields=True
 
 async def compile_format(request: GenerationRequest, model: ServedModel) -> Constraint | None:
     """The constraint that the request asks for; None for free text. Raises BadRequestError that names the field."""
-    found = requested_grammar(request)
+    found = requested_grammar(request, model.spelling)
     if found is None:
         return None
     grammar, param = found
@@ -64,10 +64,10 @@ async def compile_format(request: GenerationRequest, model: ServedModel) -> Cons
     return await structured.compile(grammar, model, param)
 
 
-def requested_grammar(request: GenerationRequest) -> tuple[Grammar, str] | None:
+def requested_grammar(request: GenerationRequest, spelling: Spelling) -> tuple[Grammar, str] | None:
     """What the answer must be, and the field that says so; None for free text. Raises BadRequestError."""
-    by_format = _of_response_format(request.response_format)
-    by_outputs = _of_structured_outputs(request.structured_outputs)
+    by_format = _of_response_format(request.response_format, spelling)
+    by_outputs = _of_structured_outputs(_with_spelling(request.structured_outputs, spelling))
     if by_format and by_outputs:
         raise BadRequestError(
             f"`{by_format[1]}` and `{by_outputs[1]}` both say what the answer must be; give one of them.",
@@ -76,11 +76,11 @@ def requested_grammar(request: GenerationRequest) -> tuple[Grammar, str] | None:
     return by_format or by_outputs
 
 
-def _of_response_format(wanted: ResponseFormat | None) -> tuple[Grammar, str] | None:
+def _of_response_format(wanted: ResponseFormat | None, spelling: Spelling) -> tuple[Grammar, str] | None:
     if wanted is None or wanted.type == "text":
         return None
     if wanted.type == "json_object":
-        return json_schema.grammar(json_schema.ANY_OBJECT, "response_format"), "response_format"
+        return json_schema.grammar(json_schema.ANY_OBJECT, "response_format", spelling), "response_format"
     if wanted.type == "structural_tag":
         tag = {name: getattr(wanted, name) for name in ("format", "structures", "triggers")}
         return structural_tag.grammar(tag, "response_format"), "response_format"
@@ -90,7 +90,7 @@ def _of_response_format(wanted: ResponseFormat | None) -> tuple[Grammar, str] | 
             "response_format",
         )
     param = "response_format.json_schema.schema"
-    return json_schema.grammar(wanted.json_schema.schema, param), param
+    return json_schema.grammar(wanted.json_schema.schema, param, spelling), param
 
 
 def _of_structured_outputs(wanted: StructuredOutputs | None) -> tuple[Grammar, str] | None:
@@ -111,6 +111,14 @@ def _of_structured_outputs(wanted: StructuredOutputs | None) -> tuple[Grammar, s
         )
     param = f"structured_outputs.{given[0]}"
     return _KINDS[given[0]](wanted, param), param
+
+
+def _with_spelling(wanted: StructuredOutputs | None, spelling: Spelling) -> StructuredOutputs | None:
+    """The same, with the server's switches where the request says nothing."""
+    if wanted is None:
+        return None
+    open_ = {name: getattr(spelling, name) for name in spelling.__slots__ if getattr(wanted, name) is None}
+    return msgspec.structs.replace(wanted, **open_)
 
 
 def _json(wanted: StructuredOutputs, param: str) -> Grammar:

@@ -135,6 +135,8 @@ PAGES = (
     Page("/reset_prefix_cache", _reset_prefix_cache, "Forget cached prompts, unless requests run.", ("POST",)),
 )
 
+DOCS = frozenset({"/openapi.json", "/docs"})
+
 
 class Invocation(msgspec.Struct):
     """POST /invocations: the body of one of the other routes."""

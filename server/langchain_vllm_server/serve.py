@@ -199,7 +199,7 @@ class ServerProcess:
         limits = QueueLimits(self._settings.max_num_queued_reqs, self._settings.max_num_queued_tokens)
         self._engine = AsyncEngine(engine, SamplingParams, limits)
         metrics = Metrics(model.names[0], model.max_model_len)
-        self._gate.app = create_app(Service(model, self._engine, metrics))
+        self._gate.app = create_app(Service(model, self._engine, metrics), docs=not self._settings.disable_fastapi_docs)
         logger.info(
             "ready in %.1f s: %s on %s, %d MiB of weights, context of %d tokens",
             time.monotonic() - started,

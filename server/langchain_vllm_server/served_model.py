@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from langchain_vllm_server.errors import BadRequestError, NotFoundError
+from langchain_vllm_server.json_schema import Spelling
 from langchain_vllm_server.structured import GrammarCompiler
 from langchain_vllm_server.tool_parsers import GENERIC
 
@@ -36,6 +37,8 @@ class ServedModel:
     eos_token_ids: tuple[int, ...] = ()
     chat_template: ChatTemplate | None = None
     content_format: str = "string"  # what the template takes as a message's content: "string" or "openai" (parts)
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)  # where a request says nothing
+    spelling: Spelling = field(default_factory=Spelling)  # of JSON, likewise
     sampling_defaults: Mapping[str, Any] = field(default_factory=dict)
     max_logprobs: int = 20
     return_tokens_as_token_ids: bool = False

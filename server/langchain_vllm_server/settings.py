@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from langchain_vllm_server import flags_of_gpus
 from langchain_vllm_server.command_line import plain
+from langchain_vllm_server.flag_configs import PoolerConfig, ReasoningConfig, StructuredOutputsConfig
 from langchain_vllm_server.flags import FLAGS
 from langchain_vllm_server.hub import DEFAULT_MODEL
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 PROG = "langchain-vllm serve"
+_AS_USUAL, _MEAN = StructuredOutputsConfig(), PoolerConfig()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +30,8 @@ class Settings:
     download_dir: str | None = None
     served_model_name: tuple[str, ...] = ()
     chat_template: str | None = None  # the template's text
+    chat_template_content_format: str = "auto"
+    default_chat_template_kwargs: dict[str, Any] | None = None
     response_role: str = "assistant"
     generation_config: str = "auto"  # auto: the model's own; vllm: none; or a folder
     override_generation_config: dict[str, Any] | None = None
@@ -41,6 +45,9 @@ class Settings:
     enable_force_include_usage: bool = False
     tool_call_parser: str | None = None  # None: by the chat template
     reasoning_parser: str | None = None
+    reasoning_config: ReasoningConfig | None = None
+    structured_outputs_config: StructuredOutputsConfig = _AS_USUAL
+    pooler_config: PoolerConfig = _MEAN
     exclude_tools_when_tool_choice_none: bool = False
     reasoning_content: bool = False
     enable_tokenizer_info_endpoint: bool = False
@@ -77,6 +84,7 @@ class Settings:
     allow_credentials: bool = False
     middleware: tuple[str, ...] = ()  # import paths
     enable_request_id_headers: bool = False
+    disable_fastapi_docs: bool = False
 
     log_level: str = "info"
     uvicorn_log_level: str | None = None  # as log_level
@@ -146,6 +154,8 @@ def _check(parser: argparse.ArgumentParser, settings: Settings) -> None:
         parser.error("--ssl-cert-reqs needs --ssl-ca-certs to check clients' certificates with")
     if (settings.fingerprint_mode == "custom") != (settings.fingerprint_value is not None):
         parser.error("--fingerprint-mode custom and --fingerprint-value need each other")
+    if settings.reasoning_config and (settings.reasoning_parser or settings.structured_outputs_config.reasoning_parser):
+        parser.error("--reasoning-config and a reasoning parser both say how reasoning is marked: give one of them")
     if settings.enable_log_outputs and not settings.enable_log_requests:
         parser.error("--enable-log-outputs needs --enable-log-requests")
 

@@ -184,7 +184,8 @@ FLAGS_OF_VLLM = """
 --kv-cache-memory-bytes 1G --max-num-seqs 5 --max-num-batched-tokens 5 --max-num-queued-reqs 5
 --max-num-queued-tokens 5 --scheduling-policy fcfs --enable-chunked-prefill --no-enable-chunked-prefill
 --stream-interval 1 --speculative-config {} --spec-method ngram --structured-outputs-config {} --reasoning-parser qwen3
---reasoning-config {} --enforce-eager --no-enforce-eager -O 3 -O3 -O.mode=3 --trust-remote-code --shutdown-timeout 0
+--reasoning-config {"reasoning_start_str":"a","reasoning_end_str":"b"} --pooler-config {}
+--enforce-eager --no-enforce-eager -O 3 -O3 -O.mode=3 --trust-remote-code --shutdown-timeout 0
 --enable-sleep-mode --otlp-traces-endpoint u --log-level info --compilation-config.mode 3
 """
 

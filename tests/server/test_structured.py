@@ -17,6 +17,7 @@ from langchain_vllm_server.checkpoint import load_checkpoint
 from langchain_vllm_server.constraint import ConstraintError
 from langchain_vllm_server.errors import RequestError
 from langchain_vllm_server.fields import Fields
+from langchain_vllm_server.json_schema import Spelling
 from langchain_vllm_server.protocol import ChatCompletionRequest, decode
 from langchain_vllm_server.response_format import requested_grammar
 from langchain_vllm_server.structured import Grammar, GrammarCompiler, lark_regex
@@ -154,6 +155,6 @@ def test_any_response_format_is_compiled_or_refused(fields: dict[str, Any]) -> N
         value = fields if name == "response_format" else {"structural_tag": json.dumps(fields)}
         body = json.dumps({"messages": [], name: value}).encode()
         with suppress(RequestError):
-            found = requested_grammar(decode(body, ChatCompletionRequest))
+            found = requested_grammar(decode(body, ChatCompletionRequest), Spelling())
             if found is not None:
                 asyncio.run(structured.compile(found[0], FUZZED, found[1]))
