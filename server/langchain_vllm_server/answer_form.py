@@ -37,6 +37,7 @@ class AnswerForm:
         self._reasoning = model.reasoning_format
         self._thinking = self._reasoning is not None and self._reasoning.thinks(prompt)
         self.plain = use is None and self._reasoning is None
+        self.forced = use is not None and use.choice != "auto"  # into calls
         if any(self._is_special(mark) for mark in self._marks):
             request.skip_special_tokens = False
 

@@ -139,7 +139,7 @@ class ChatAnswer:
         content = self._echo + told.get("content", "")
         message: dict[str, Any] = {
             "role": self._role,
-            "content": content if content or not calls else None,
+            "content": content if content or self._form.forced or not calls else None,
             "refusal": None,
             "annotations": None,
             "audio": None,

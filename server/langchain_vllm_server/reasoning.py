@@ -6,6 +6,8 @@ import ctypes
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from langchain_vllm_server.constraint import ConstraintError
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -122,8 +124,10 @@ class Thinking:
         self._close_marks = [mark.encode() for mark in reasoning.closes]
         self._left = budget  # reasoning tokens
         self._after = after
-        self._expected: list[int] = []  # of a mark that has begun: its rest
-        self._at_start = not thinking
+        self._expected: list[int] = []  # of a closing mark that has begun: its rest
+        self._at_start = not thinking  # the answer may still turn out to begin with an opening mark,
+        self._num_opened = 0  # of which it has so many tokens,
+        self._instead: Constraint | None = None  # or else is this far in what `after` allows; None: cannot be
         self._thinking = thinking
         self._tail = b""  # the end of the reasoning
 
@@ -139,16 +143,31 @@ class Thinking:
     def _take(self, token: int) -> None:
         if self._expected:
             self._expected.pop(0)
-            if not self._expected:
-                self._thinking = not self._thinking
+            self._thinking = bool(self._expected)
         elif self._at_start:
-            self._expected = self._open[1:] if token == self._open[0] else []
-            self._at_start = False
-            self._thinking = token == self._open[0] and not self._expected
-            if token != self._open[0] and self._after is not None:
-                self._after.consume([token])
+            self._begin(token)
         else:
             self._reason(token)
+
+    def _begin(self, token: int) -> None:
+        """An opening mark of several tokens and what is allowed in its place may begin alike: `<`."""
+        if token != self._open[self._num_opened]:
+            self._at_start = False
+            self._after = self._instead if self._num_opened else self._after
+            if self._after is not None:
+                self._after.consume([token])
+            return
+        self._num_opened += 1
+        if self._num_opened == len(self._open):
+            self._at_start, self._thinking, self._instead = False, True, None
+            return
+        if self._num_opened == 1 and self._after is not None:
+            self._instead = self._after.fork()
+        if self._instead is not None:
+            try:
+                self._instead.consume([token])
+            except ConstraintError:
+                self._instead = None
 
     def _reason(self, token: int) -> None:
         if self._left is not None:
@@ -167,8 +186,10 @@ class Thinking:
             return list(self._expected)
         if self._thinking:
             return list(self._close) if self._left == 0 else []
-        if self._at_start or self._after is None:
+        if self._after is None:
             return []
+        if self._at_start:
+            return self._open[self._num_opened :] if self._num_opened and self._instead is None else []
         return self._after.forced()
 
     def fill_mask(self, address: int) -> None:
@@ -177,10 +198,16 @@ class Thinking:
         if self._thinking or self._after is None:
             ctypes.memset(address, 0xFF, words * 4)
             return
-        self._after.fill_mask(address)
-        if self._at_start:
-            word, bit = divmod(self._open[0], 32)
-            (ctypes.c_uint32 * words).from_address(address)[word] |= 1 << bit
+        if not self._at_start:
+            self._after.fill_mask(address)
+            return
+        instead = self._instead or self._after
+        forced = instead.forced()[:1]
+        if not forced:
+            instead.fill_mask(address)
+        mask = (ctypes.c_uint32 * words).from_address(address)
+        for token in (self._open[self._num_opened], *forced):
+            mask[token // 32] |= 1 << token % 32
 
     def fork(self) -> Thinking:
         """See `Constraint`."""
@@ -188,4 +215,5 @@ class Thinking:
         copy.__dict__.update(self.__dict__)
         copy._expected = list(self._expected)
         copy._after = None if self._after is None else self._after.fork()
+        copy._instead = None if self._instead is None else self._instead.fork()
         return copy

@@ -11,6 +11,7 @@ import pytest
 
 from langchain_vllm_server import structured
 from langchain_vllm_server.constraint import ConstraintError
+from langchain_vllm_server.reasoning import THINK
 from tests.server.fakes import EOS, byte_tokenizer, running, sse_data
 
 if TYPE_CHECKING:
@@ -273,3 +274,24 @@ async def test_thousands_of_choices_some_of_which_begin_others() -> None:
     async with running("choice 4171, I think") as server:
         long = await server.chat(temperature=0, structured_outputs={"choice": choices})
     assert (text_of(short.json()), text_of(long.json())) == ("choice 41", "choice 4171")
+
+
+@pytest.mark.parametrize(
+    ("answer", "choices", "reasoning", "content"),
+    [
+        ("<think>hm</think>yes", ["yes"], "hm", "yes"),  # a mark of seven tokens here
+        ("<think>hm</think><th", ["<th"], "hm", "<th"),
+        ("<this>", ["<this>", "<that>"], None, "<this>"),  # begins as the mark does
+        ("<that>", ["<this>", "<that>"], None, "<that>"),
+        ("<th", ["<th"], None, "<th"),
+        ("<think>hm</think>no", ["yes"], "hm", "yes"),
+    ],
+)
+async def test_an_answer_may_begin_as_reasoning_does(
+    answer: str, choices: list[str], reasoning: str | None, content: str
+) -> None:
+    async with running(answer, reasoning_format=THINK) as server:
+        fields = {"structured_outputs": {"choice": choices}, "thinking_token_budget": 20}
+        told = (await server.post(ROUTES[0], **body(ROUTES[0], **fields))).json()
+    message = told["choices"][0]["message"]
+    assert (message["reasoning"], message["content"]) == (reasoning, content)
