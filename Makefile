@@ -8,7 +8,7 @@ BUILD  := --no-build-isolation --config-settings=build-dir=build/native
 
 comma  := ,
 
-.PHONY: help demo test lint format sanitize notebook bench clean
+.PHONY: help demo test test-lowest lint format sanitize notebook bench clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -18,6 +18,13 @@ demo: $(VENV)/.engine $(VENV)/.model  ## translate a sentence with the default m
 
 test: $(VENV)/.tests $(VENV)/.model  ## the whole suite: kernels, engine, parity, server, client, notebook
 	$(PYTHON) -m pytest
+
+# The floors that pyproject.toml names, and the SDK's under them, in front of what is installed.
+LOWEST := $(shell sed -nE 's/.*"(langchain-(core|openai))>=([0-9.]+),.*/\1==\3/p' pyproject.toml) openai==2.45.0
+
+test-lowest: $(VENV)/.tests  ## the client on the oldest LangChain that it supports
+	$(PIP) install --quiet --upgrade --target build/lowest $(LOWEST)
+	PYTHONPATH=build/lowest $(PYTHON) -m pytest tests/unit_tests
 
 lint: $(VENV)/.lint  ## ruff, mypy --strict, clang-format
 	$(VENV)/bin/ruff check .

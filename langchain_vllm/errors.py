@@ -101,13 +101,20 @@ def explain(error: openai.APIError, url: str, *, has_key: bool, served: Sequence
     if not isinstance(error, openai.APIStatusError):
         return VLLMStreamError(f"The server failed during its answer: {error.message}", error.request, body=error.body)
     if isinstance(error, openai.BadRequestError) and is_context_overflow(error):
-        return VLLMContextOverflowError(error.message, response=error.response, body=error.body)
+        return VLLMContextOverflowError(_said(error), response=error.response, body=error.body)
     kind = next((cls for cls in _CLASSES if isinstance(error, cls.__mro__[1])), None)
     if kind is None:
         return error
     remedy = _remedy(error, url, has_key, served)
-    message = f"{error.message.rstrip('.')}. {remedy}" if remedy else error.message
+    said = _said(error)
+    message = f"{said.rstrip('.')}. {remedy}" if remedy else said
     return kind(message, response=error.response, body=error.body)
+
+
+def _said(error: openai.APIStatusError) -> str:
+    """The server's own words: some versions of the SDK wrap the whole body around them."""
+    said = error.body.get("message") if isinstance(error.body, dict) else None
+    return said if isinstance(said, str) else error.message
 
 
 def _remedy(error: openai.APIStatusError, url: str, has_key: bool, served: Sequence[str] | None) -> str:
