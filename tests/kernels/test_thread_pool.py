@@ -62,4 +62,4 @@ def test_a_pool_ends_promptly() -> None:
     start = time.monotonic()
     for _ in range(100):
         _kernels_test.count_tasks(4, 1, 4)
-    assert time.monotonic() - start < 5  # 50 ms each, on a busy machine; a lost wake-up would hang
+    assert time.monotonic() - start < 60  # 50 ms each; a lost wake-up would hang

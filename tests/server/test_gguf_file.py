@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import struct
-import time
 import tracemalloc
 from typing import TYPE_CHECKING, Any
 
@@ -51,15 +50,6 @@ def test_smollm2_reads_as_the_gguf_package_reads_it() -> None:
         assert found.shape == tuple(int(n) for n in reversed(expected.shape))
         assert found.format == expected.tensor_type.name
         assert (found.offset, found.size) == (int(expected.data_offset), int(expected.n_bytes))
-
-
-def test_reading_a_vocabulary_is_quick() -> None:
-    times = []
-    for _ in range(3):
-        start = time.perf_counter()
-        read_gguf(SMOLLM2)
-        times.append(time.perf_counter() - start)
-    assert min(times) < 0.15  # 0.035 s on an idle machine; the tests share theirs
 
 
 @pytest.fixture
