@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -24,7 +25,11 @@ def no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session")
-def server() -> Iterator[VLLMServer]:
+def server() -> Iterator[VLLMServer | SimpleNamespace]:
+    """Ours, or the one at TEST_SERVER_URL, such as a real vLLM with the same model, names and context."""
+    if (url := os.environ.get("TEST_SERVER_URL")) is not None:
+        yield SimpleNamespace(base_url=url, pid=0)
+        return
     with VLLMServer(MODEL, served_model_name=[MODEL, ALIAS], max_model_len=2048) as server:
         yield server
 
