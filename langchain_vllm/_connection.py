@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import openai
 
 from langchain_vllm import _http
-from langchain_vllm._shared import SharedServer, shared_server
+from langchain_vllm._shared import shared_server
 from langchain_vllm.errors import VLLMConnectionError, VLLMTimeoutError, explain
 from langchain_vllm.launcher import VLLMServer
 
@@ -62,7 +62,8 @@ class Connection:
     _url: str | None = field(init=False, default=None)
     _pid: int = field(init=False, default=0)
     _served_model: str | None = field(init=False, default=None)
-    _shared: SharedServer | None = field(init=False, default=None)
+    server: VLLMServer | None = field(init=False, default=None)
+    """The managed server, from the first `open` on."""
 
     def __post_init__(self) -> None:
         if self.base_url is None:
@@ -80,11 +81,6 @@ class Connection:
             raise ValueError("Pass model= (for a managed local server), or base_url= or VLLM_BASE_URL (for another).")
         if unknown := set(self.server_options) - _SERVER_OPTIONS:
             raise ValueError(f"Unknown server_options {sorted(unknown)}; VLLMServer has {sorted(_SERVER_OPTIONS)}.")
-
-    @property
-    def server(self) -> VLLMServer | None:
-        """The managed server, from the first `open` on."""
-        return self._shared.server if self._shared else None
 
     @property
     def served_model(self) -> str:
@@ -112,11 +108,11 @@ class Connection:
             self._served_model = self._only_served_model()
 
     def _managed_url(self) -> str:
-        if self._shared is None:
+        if self.server is None:
             key = {} if self.api_key == NO_KEY else {"api_key": self.api_key}
-            self._shared = shared_server(self.model, **{**key, **self.server_options})
-        self._shared.server.start()
-        return self._shared.server.base_url
+            self.server = shared_server(self.model, **{**key, **self.server_options})
+        self.server.start()
+        return self.server.base_url
 
     async def aopen(self) -> None:
         """`open` without blocking the event loop."""

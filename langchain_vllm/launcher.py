@@ -12,10 +12,12 @@ import weakref
 from contextlib import closing
 from dataclasses import dataclass
 from importlib.util import find_spec
+from secrets import token_hex
 from typing import TYPE_CHECKING, Self, TextIO
 from urllib.error import HTTPError
 from urllib.request import ProxyHandler, build_opener
 
+from langchain_vllm._identity import identity
 from langchain_vllm._process import ServerProcess
 
 if TYPE_CHECKING:
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
 
 POLL_SECONDS = 0.05
 ERROR_LOG_LINES = 30
+
+_servers: weakref.WeakSet[VLLMServer] = weakref.WeakSet()
 
 _SERVER_PACKAGES = ("starlette", "uvicorn", "tokenizers", "jinja2", "msgspec", "orjson", "regex", "llguidance")
 
@@ -52,7 +56,7 @@ class Health:
 
 
 class VLLMServer:
-    """A server for one model, run as a child process of this one.
+    """A server for one model in a process of its own, which programs with the same wishes share.
 
     ```python
     with VLLMServer("SmolLM2-135M-Instruct") as server:
@@ -61,9 +65,11 @@ class VLLMServer:
 
     `async with`, `astart()` and `astop()` do the same without blocking an event loop.
 
-    The server ends with `stop()`, with the `with` block, when this object is garbage-collected, at interpreter exit,
-    and when this process is gone, even by SIGKILL. A forked child may use it, but neither stops it nor keeps it alive.
-    Thread-safe.
+    `start()` joins the server of this user that another object or program has started with the same model, settings,
+    version and files; only if there is none, it starts one. `stop()`, the end of the `with` block, garbage collection,
+    interpreter exit and the end of this process, even by SIGKILL, give this object's share up, and with the last share
+    the server ends. A forked child may use the server, but neither stops it nor keeps it alive, unless it calls
+    `start()`. Thread-safe.
 
     Args:
         model: A checkpoint folder, a `.gguf` file, a hub id, or the default model's name `SmolLM2-135M-Instruct`.
@@ -80,6 +86,8 @@ class VLLMServer:
         memory: Limit for weights and KV cache, such as "4GiB".
         extra_args: Further command line arguments of `langchain-vllm serve`.
         env: Environment variables added to this process's own.
+        shared: Share the server; False: start one that nobody else finds.
+        keep_alive: Seconds that the server stays when nobody needs it any more, as long as this process lives.
         startup_timeout: Seconds that a start may stand still before it fails; with progress it may take any time.
         show_progress: Report loading on stderr; by default if that is a terminal.
     """
@@ -101,6 +109,8 @@ class VLLMServer:
         memory: str | None = None,
         extra_args: Sequence[str] = (),
         env: Mapping[str, str] | None = None,
+        shared: bool = True,
+        keep_alive: float = 0.0,
         startup_timeout: float = 120.0,
         show_progress: bool | None = None,
     ) -> None:
@@ -124,11 +134,14 @@ class VLLMServer:
         self._extra_args = list(extra_args)
         self._env = {**(env or {}), **({"VLLM_API_KEY": api_key} if api_key else {})}
         self._show_progress = show_progress
+        self._secret = "" if shared else token_hex(16)
+        self._keep_alive = keep_alive if shared else 0.0
         self._starting = threading.Lock()
         self._process: ServerProcess | None = None
         self._finalizer: weakref.finalize[[], VLLMServer] | None = None
         self._url: str | None = None
         self._ready = False
+        _servers.add(self)
 
     def __enter__(self) -> Self:
         self.start()
@@ -157,13 +170,13 @@ class VLLMServer:
 
     @property
     def is_running(self) -> bool:
-        """Whether the process is there, ready or not."""
+        """Whether the process is there, ready or not, and this object has a share in it."""
         return self._process is not None and self._process.running
 
     @property
     def is_ready(self) -> bool:
-        """Whether a start has completed and the process is still there; asks the process table, not the server."""
-        return self._ready and self.is_running
+        """Whether a start has completed and the process takes requests; a look at a connection, not a request."""
+        return self._ready and self.is_running and self._process is not None and not self._process.ending
 
     @property
     def pid(self) -> int | None:
@@ -175,28 +188,58 @@ class VLLMServer:
         return self._process.log_tail(lines) if self._process else ""
 
     def start(self) -> None:
-        """Start the server and wait until it is ready; start it anew if it has died. Does nothing if it is ready.
+        """Join or start the server and wait until it is ready; start it anew if it has died. Nothing if it is ready.
 
         Raises:
             VLLMServerError: It ended, or stood still for `startup_timeout` seconds; the message has the end of its log.
             ImportError: The server's packages are not installed.
         """
         with self._starting:
-            if self.is_ready:
+            if self.is_ready and self._process is not None and self._process.owned_here:
                 return
+            _require_linux()
             _require_server_packages()
             self.stop()
             begin = time.monotonic()
-            process = ServerProcess(self._command, {**os.environ, **self._env})
-            self._process = process
-            self._finalizer = weakref.finalize(self, process.terminate)
             try:
-                self._url = self._announced_address(process)
-                self.wait_ready()
+                while True:
+                    self._url = self._join_or_start()
+                    try:
+                        self.wait_ready()
+                        break
+                    except VLLMServerError:
+                        if not self._lost_a_race():
+                            raise
             except BaseException:
                 self.stop()
                 raise
             self.startup_seconds = time.monotonic() - begin
+
+    def _join_or_start(self) -> str:
+        """The server's URL."""
+        env = {**os.environ, **self._env}
+        name = identity(self._command(0), env, self._secret)
+        while True:
+            process = ServerProcess(name, self._command, env)
+            self._process = process
+            self._finalizer = weakref.finalize(self, process.leave, self._keep_alive)
+            self._finalizer.atexit = False  # the process takes its leave itself
+            try:
+                about = process.greeting(self.startup_timeout)
+            except TimeoutError:
+                raise self._failure(f"did not listen within {self.startup_timeout:g} s") from None
+            if about is not None:
+                return str(about["url"])
+            if not self._lost_a_race():
+                raise self._failure("ended before it listened")
+
+    def _lost_a_race(self) -> bool:
+        """Whether the server ended that somebody else had started, and not because this object was told to stop."""
+        process, finalizer = self._process, self._finalizer
+        if process is None or finalizer is None or process.started_here or process.running or not finalizer.alive:
+            return False
+        finalizer()
+        return True
 
     def wait_ready(self) -> None:
         """Wait until the started server serves requests.
@@ -233,7 +276,7 @@ class VLLMServer:
             return Health("unreachable")
 
     def stop(self) -> None:
-        """Stop the server and wait for its end, by force after ten seconds. Does nothing if it is not running."""
+        """Give this object's share in the server up. If it was the last, wait for the end, forced after ten seconds."""
         self._ready, self._url = False, None
         if self._finalizer is not None:
             self._finalizer()
@@ -259,24 +302,14 @@ class VLLMServer:
         """`stop` without blocking the event loop."""
         await asyncio.to_thread(self.stop)
 
-    def _command(self, announce_fd: int, parent_fd: int) -> list[str]:
+    def _command(self, owners_fd: int) -> list[str]:
         command = [sys.executable, "-m", "langchain_vllm_server", self.model]
         for flag, value in self._flags.items():
             if value is not None:
                 values = [str(value)] if isinstance(value, (str, int)) else value
                 command += [f"--{flag}", *values]
-        command += ["--disable-access-log", "--announce-fd", str(announce_fd), "--parent-fd", str(parent_fd)]
+        command += ["--disable-access-log", "--owners-fd", str(owners_fd)]
         return [*command, *self._extra_args]
-
-    def _announced_address(self, process: ServerProcess) -> str:
-        try:
-            address = process.address(self.startup_timeout)
-        except TimeoutError:
-            raise self._failure(f"did not listen within {self.startup_timeout:g} s") from None
-        if address is None:
-            process.terminate()
-            raise self._failure("ended before it listened")
-        return address
 
     def _failure(self, what: str) -> VLLMServerError:
         log = self.log_tail() or "(it wrote nothing)"
@@ -313,12 +346,29 @@ class _ProgressReport:
         self._stream.flush()
 
 
+def _renew_locks() -> None:
+    """In a forked child: a lock that another thread held would stay held for ever."""
+    for server in tuple(_servers):
+        server._starting = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_renew_locks)
+
+
 def _parse_health(body: bytes) -> Health:
     try:
         answer = json.loads(body)
         return Health(str(answer["status"]), str(answer.get("phase", "")), float(answer.get("progress", 0.0)))
     except (ValueError, KeyError, TypeError, AttributeError):
         return Health("unreachable")
+
+
+def _require_linux() -> None:
+    if sys.platform != "linux":
+        raise VLLMServerError(
+            f"A managed server needs Linux, and this is {sys.platform}: start one with `langchain-vllm serve` or "
+            "`vllm serve`, and pass base_url=."
+        )
 
 
 def _require_server_packages() -> None:

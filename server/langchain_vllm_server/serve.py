@@ -22,6 +22,7 @@ from langchain_vllm_server.http_protocol import Http
 from langchain_vllm_server.listen import address, watch_parent
 from langchain_vllm_server.logs import set_up_logging
 from langchain_vllm_server.middleware import wrap
+from langchain_vllm_server.owners import Owners
 
 if TYPE_CHECKING:
     import socket
@@ -83,6 +84,7 @@ class ServerProcess:
         self._gate = Gate(self._progress)
         self._engine: AsyncEngine | None = None
         self._thread: threading.Thread | None = None
+        self._owners: Owners | None = None
         self._stopping = False
         self.http = HttpServer(
             uvicorn.Config(
@@ -118,6 +120,10 @@ class ServerProcess:
             loop.add_signal_handler(number, self.stop)
         if self._settings.parent_fd is not None:
             watch_parent(loop, self._settings.parent_fd, self.abandon)
+        if self._settings.owners_fd is not None:
+            about = {**address(self._listener, self._settings), "pid": os.getpid(), "model": self._settings.model}
+            about |= {"engine": "native", "started": time.time()}
+            self._owners = Owners(self._settings.owners_fd, about, stop=self.stop, abandon=self.abandon)
         where = " ".join(address(self._listener, self._settings).values())
         logger.info("listening on %s, loading %s", where, self._settings.model)
         serving = asyncio.create_task(self.http.serve(sockets=[self._listener]))
@@ -137,6 +143,8 @@ class ServerProcess:
 
     def stop(self) -> None:
         """Take no more requests, give the open ones the settings' time, then end; a second call ends at once."""
+        if self._owners is not None:
+            self._owners.end()
         if self._stopping:
             self.http.force_exit = True
             self._stop_engine()
@@ -158,7 +166,7 @@ class ServerProcess:
         self.http.should_exit = True
 
     def abandon(self) -> None:
-        """The launcher is gone, and with it every client: end at once."""
+        """The launcher or the last owner is gone, and with it every client: end at once."""
         self.http.should_exit = self.http.force_exit = True
 
     def _load(self) -> asyncio.Future[Loaded]:

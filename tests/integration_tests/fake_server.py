@@ -1,14 +1,13 @@
 """A server that keeps the launcher's contract and has no model: real process, real pipes, real HTTP.
 
 The model's name says how it behaves: `good`, `slow` (half a second of loading), `crash` (at start), `crash-loading`,
-`mute` (never announces itself), `stuck` (loading for ever), `deaf` (ignores SIGTERM), `die` (at a request), `pipe-only`
-(has no parent-death signal).
+`mute` (never greets), `stuck` (loading for ever), `deaf` (does not end when it should), `die` (at a request).
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
+import asyncio
 import json
 import os
 import signal
@@ -18,7 +17,7 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-PR_SET_PDEATHSIG = 1
+from langchain_vllm_server.owners import Owners
 
 
 def main() -> None:
@@ -26,12 +25,8 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--host")
     parser.add_argument("--port", type=int)
-    parser.add_argument("--announce-fd", type=int)
-    parser.add_argument("--parent-fd", type=int)
+    parser.add_argument("--owners-fd", type=int)
     args, _ = parser.parse_known_args()
-    if args.model != "pipe-only":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
-    threading.Thread(target=exit_with_parent, args=(args.parent_fd,), daemon=True).start()
     if args.model == "deaf":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     print("fake server:", *sys.argv[1:], flush=True)
@@ -40,16 +35,23 @@ def main() -> None:
     if args.model == "mute":
         time.sleep(600)
     server = ThreadingHTTPServer((args.host, args.port), handler(args.model))
-    with open(args.announce_fd, "w") as announcement:
-        announcement.write(json.dumps({"url": f"http://{args.host}:{server.server_port}"}) + "\n")
+    about = {"url": f"http://{args.host}:{server.server_port}", "pid": os.getpid(), "model": args.model}
+    threading.Thread(target=asyncio.run, args=(watch_owners(args.owners_fd, about),), daemon=True).start()
     if args.model == "crash-loading":
         threading.Timer(0.2, lambda: print("out of memory", flush=True) or os._exit(3)).start()
     server.serve_forever()
 
 
-def exit_with_parent(fd: int) -> None:
-    os.read(fd, 1)
-    os._exit(0)
+async def watch_owners(fd: int, about: dict[str, object]) -> None:
+    def end() -> None:
+        if about["model"] != "deaf":
+            os._exit(0)
+
+    owners = Owners(fd, about, stop=end, abandon=end)
+    if about["model"] == "deaf":
+        owners.end = lambda: None  # type: ignore[method-assign]
+        owners._take_leave = lambda owner, seconds: None  # type: ignore[method-assign]
+    await asyncio.Event().wait()
 
 
 def handler(model: str) -> type[BaseHTTPRequestHandler]:

@@ -1,4 +1,4 @@
-"""A program that owns servers of the fake kind; the tests kill it. `owner.py WHAT MODEL`, see `main`."""
+"""A program that owns a server of the fake kind; the tests kill it. `owner.py WHAT MODEL`, see `main`."""
 
 from __future__ import annotations
 
@@ -12,13 +12,25 @@ from tests.integration_tests.fakes import use_fake_server
 
 def main(what: str, model: str) -> None:
     use_fake_server()
-    server = VLLMServer(model)
+    server = VLLMServer(model, shared=what != "alone")
     server.start()
     print(server.pid, flush=True)
     if what == "exit":  # without stop()
         return
-    if what == "fork" and (child := os.fork()):
+    if what in ("fork", "fork-and-start") and (child := os.fork()):
         print(child, flush=True)
+    elif what == "fork-and-start":
+        server.start()
+        print("started", flush=True)
+    for line in sys.stdin:
+        if line == "start\n":
+            server.start()
+            print(server.pid, flush=True)
+        elif line == "stop\n":
+            server.stop()
+            print("stopped", flush=True)
+        elif line == "exit\n":
+            return
     time.sleep(600)
 
 

@@ -8,10 +8,7 @@ import io
 import os
 import signal
 import socket
-import subprocess
-import sys
 import threading
-from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,16 +18,15 @@ import pytest
 from langchain_vllm import ChatVLLM, VLLMServer, _process, _shared, launcher
 from langchain_vllm.errors import VLLMConnectionError
 from langchain_vllm.launcher import Health, VLLMServerError
-from tests.integration_tests.fakes import alive, descriptors, eventually, fake_command
+from langchain_vllm_server.owners import LOG_BYTES, trim_log
+from tests.integration_tests.fakes import Program, alive, descriptors, eventually, fake_command
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-ROOT = Path(__file__).parents[2]
 
-
-def log_readers() -> int:
-    return [thread.name for thread in threading.enumerate()].count("langchain-vllm-log")
+def reapers() -> int:
+    return [thread.name for thread in threading.enumerate()].count("langchain-vllm-reaper")
 
 
 @pytest.fixture(autouse=True)
@@ -40,11 +36,10 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name in ("VLLM_BASE_URL", "VLLM_API_BASE", "VLLM_API_KEY"):
         monkeypatch.delenv(name, raising=False)
     gc.collect()
-    while _shared._entries:  # servers of earlier tests, kept alive for a while
-        _shared._entries.popitem()[1].server.stop()
+    before = reapers()
     yield
     gc.collect()
-    assert eventually(lambda: not _shared._entries), "a shared server was left"
+    assert eventually(lambda: reapers() <= before), "a server was left"
 
 
 class TestAsync:
@@ -125,11 +120,11 @@ class TestStartAndStop:
     def test_nothing_is_left(self) -> None:
         with VLLMServer("good"):
             pass
-        before = descriptors(), log_readers()
+        before = descriptors(), reapers()
         for _ in range(5):
             with VLLMServer("good"):
                 pass
-        assert (descriptors(), log_readers()) == before
+        assert (descriptors(), reapers()) == before
 
     def test_a_forgotten_server_stops(self) -> None:
         server = VLLMServer("good")
@@ -236,9 +231,16 @@ class TestFailures:
             VLLMServer("good").start()
 
     def test_a_long_log_keeps_its_end(self) -> None:
-        log = deque[str](maxlen=_process.LOG_LINES)
-        _process._collect(io.StringIO("".join(f"line {i}\n" for i in range(1000))), log)
-        assert (log[0], log[-1], len(log)) == ("line 800", "line 999", 200)
+        log = _process._make_log()
+        try:
+            os.write(log, "".join(f"line {i}\n" for i in range(300_000)).encode())
+            trim_log(log)
+            os.write(log, b"the end")
+            tail = _process.read_tail(log, 1000).splitlines()
+            assert os.fstat(log).st_blocks * 512 <= 2 * LOG_BYTES
+        finally:
+            os.close(log)
+        assert (len(tail), tail[0], tail[-2], tail[-1]) == (1000, "line 299001", "line 299999", "the end")
 
 
 class TestProgress:
@@ -268,44 +270,41 @@ class TestProgress:
 class TestOwner:
     """Whatever ends the owner ends the server."""
 
-    def own(self, what: str, model: str = "good") -> tuple[subprocess.Popen[str], int]:
-        owner = subprocess.Popen(
-            [sys.executable, "-m", "tests.integration_tests.owner", what, model],
-            stdout=subprocess.PIPE,
-            text=True,
-            cwd=ROOT,
-        )
-        assert owner.stdout is not None
-        return owner, int(owner.stdout.readline())
-
     @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-    @pytest.mark.parametrize("model", ["good", "pipe-only"])
-    def test_signals(self, number: signal.Signals, model: str) -> None:
-        owner, server = self.own("wait", model)
-        with owner:
+    def test_signals(self, number: signal.Signals) -> None:
+        with Program() as owner:
+            server = int(owner.read())
             assert alive(server)
-            owner.send_signal(number)
-            owner.wait()
+            owner.popen.send_signal(number)
+            owner.popen.wait()
             assert eventually(lambda: not alive(server))
 
     def test_exit_without_stop(self) -> None:
-        owner, server = self.own("exit")
-        with owner:
-            assert owner.wait() == 0
+        with Program("exit") as owner:
+            server = int(owner.read())
+            assert owner.popen.wait() == 0
             assert not alive(server)
 
     def test_a_forked_child_does_not_keep_the_server(self) -> None:
-        owner, server = self.own("fork", "pipe-only")
-        with owner:
-            assert owner.stdout is not None
-            child = int(owner.stdout.readline())
+        with Program("fork") as owner:
+            server, child = int(owner.read()), int(owner.read())
             try:
                 owner.kill()
-                owner.wait()
                 assert alive(child)
                 assert eventually(lambda: not alive(server))
             finally:
                 os.kill(child, signal.SIGKILL)
+
+    def test_a_forked_child_that_starts_has_a_share_of_its_own(self) -> None:
+        with Program("fork-and-start") as owner:
+            server = int(owner.read())
+            child = int(next(line for line in (owner.read(), owner.read()) if line != "started"))
+            try:
+                owner.kill()
+                assert not eventually(lambda: not alive(server), seconds=0.5)
+            finally:
+                os.kill(child, signal.SIGKILL)
+            assert eventually(lambda: not alive(server))
 
     @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
     def test_a_forked_child_uses_the_server_and_does_not_stop_it(self) -> None:
