@@ -39,7 +39,7 @@ async def create_chat_completion(
     form = AnswerForm(request, model, use, text)
     answer = ChatAnswer(service, request, request_id, form)
     generation = start(service, request, parameters, [prompt.token_ids], limit, await form.constraint())
-    told = told_of_prompt(request, prompt)
+    told = {"prompt_token_ids": None, "prompt_text": None} | told_of_prompt(request, prompt)
     if request.stream:
         head = {"id": answer.id, "object": "chat.completion.chunk", "created": answer.created, "model": answer.model}
         return ChunkStream(generation, request, head, model, answer.chunk_entries, told).response()
@@ -87,8 +87,13 @@ class ChatAnswer:
         logprobs = (
             encode_json(self._logprobs.chat(delta.logprobs)) if self._wants_logprobs and delta.logprobs else b"null"
         )
-        token_ids = b',"token_ids":' + encode_json(delta.token_ids) if self._returns_ids else b""
-        head = b'{"index":%d,"delta":%b,"logprobs":%b%b,"finish_reason":' % (choice.index, news, logprobs, token_ids)
+        token_ids = encode_json(delta.token_ids) if self._returns_ids else b"null"
+        head = b'{"index":%d,"delta":%b,"logprobs":%b,"token_ids":%b,"finish_reason":' % (
+            choice.index,
+            news,
+            logprobs,
+            token_ids,
+        )
         if delta.finish_reason is None:
             return head + b"null}"
         return head + b'%b,"stop_reason":%b}' % (encode_json(finish_reason), encode_json(delta.stop_reason))
@@ -96,12 +101,9 @@ class ChatAnswer:
     def _news(self, choice: Choice, delta: Delta) -> tuple[bytes, str | None]:
         """The `delta` of a chunk, empty for nothing, and why the choice ended."""
         if self._form.plain:
-            any_text = delta.text or delta.finish_reason is not None
-            return b'{"content":%b}' % encode_json(delta.text) if any_text else b"", delta.finish_reason
+            return b'{"content":%b}' % encode_json(delta.text) if delta.text else b"", delta.finish_reason
         reader = self._reader(choice)
         news = reader.push(delta)
-        if not news and delta.finish_reason is not None:
-            news = {"content": ""}
         return encode_json(news) if news else b"", reader.finish_reason
 
     def _reader(self, choice: Choice) -> AnswerReader:
@@ -119,13 +121,11 @@ class ChatAnswer:
             "choices": [self._choice(*each) for each in zip(generation.choices, deltas, strict=True)],
             "service_tier": None,
             "system_fingerprint": self._fingerprint,
-            "usage": generation.usage(),
+            "usage": generation.usage(nulls=True),
             "prompt_logprobs": self._logprobs.prompt(deltas[0].prompt_logprobs) if self._scores_prompt else None,
-            "prompt_token_ids": None,
-            "prompt_text": None,
             "kv_transfer_params": None,
             "ec_transfer_params": None,
-            "metrics": generation.timing(),
+            "metrics": generation.timing(nulls=True),
         }
 
     def _choice(self, choice: Choice, delta: Delta) -> dict[str, Any]:

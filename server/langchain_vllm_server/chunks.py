@@ -62,7 +62,8 @@ class ChunkStream:
                 if chunk:
                     yield chunk
             if self._include_usage:
-                yield sse(self._head + b"]" + self._fingerprint + self._usage() + self._timing() + b"}")
+                usage = b',"usage":' + encode_json(generation.usage())
+                yield sse(self._head + b"]" + self._fingerprint + usage + self._timing() + b"}")
         except RequestError as error:
             yield sse(encode_json(error.envelope()))
         yield DONE
@@ -77,12 +78,10 @@ class ChunkStream:
             if delta.finish_reason is not None and not left and not self._include_usage:
                 end += self._fingerprint
             if self._continuous_usage:
-                end += self._usage(untold=len(delta.token_ids) if left else 0)
+                untold = len(delta.token_ids) if left else 0
+                end += b',"usage":' + encode_json(self._generation.counts(untold))
             events.append(sse(self._head + entry + end + b"}"))
         return b"".join(events)
-
-    def _usage(self, untold: int = 0) -> bytes:
-        return b',"usage":' + encode_json(self._generation.usage(untold))
 
     def _timing(self) -> bytes:
         timing = self._generation.timing()

@@ -74,18 +74,18 @@ class TextAnswer:
         ids = self._request.return_token_ids
         if not text and not delta.logprobs and delta.finish_reason is None and not (ids and delta.token_ids):
             return []
-        extra = told_of_prompt(self._request, prompt) if begins else {}
-        if ids:
-            extra["token_ids"] = delta.token_ids
+        extra: dict[str, object] = {"prompt_token_ids": None, "token_ids": delta.token_ids if ids else None}
+        if begins:
+            extra |= told_of_prompt(self._request, prompt)
         return [
-            b'{"index":%d,"text":%b,"logprobs":%b,"finish_reason":%b,"stop_reason":%b%b}'
+            b'{"index":%d,"text":%b,"logprobs":%b,"finish_reason":%b,"stop_reason":%b,%b}'
             % (
                 choice.index,
                 encode_json(text),
                 encode_json(self._format_logprobs(choice.index, delta, begins=begins)),
                 encode_json(delta.finish_reason),
                 encode_json(delta.stop_reason),
-                b"," + encode_json(extra)[1:-1] if extra else b"",
+                encode_json(extra)[1:-1],
             )
         ]
 
@@ -102,10 +102,10 @@ class TextAnswer:
             ],
             "service_tier": None,
             "system_fingerprint": self._fingerprint,
-            "usage": generation.usage(),
+            "usage": generation.usage(nulls=True),
             "kv_transfer_params": None,
             "ec_transfer_params": None,
-            "metrics": generation.timing(),
+            "metrics": generation.timing(nulls=True),
         }
 
     def _choice(self, index: int, delta: Delta, scored: list[TokenLogprobs]) -> dict[str, Any]:

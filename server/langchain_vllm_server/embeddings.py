@@ -39,7 +39,7 @@ class EmbeddingRequest(PoolingFields, kw_only=True):
 class PoolingRequest(EmbeddingRequest, kw_only=True):
     """POST /pooling."""
 
-    task: Literal["embed"] | None = None
+    task: str | None = None  # "embed" is all there is
 
 
 async def create_embedding(service: Service, request: EmbeddingRequest, request_id: str) -> dict[str, Any]:
@@ -49,6 +49,8 @@ async def create_embedding(service: Service, request: EmbeddingRequest, request_
 
 async def create_pooling(service: Service, request: PoolingRequest, request_id: str) -> dict[str, Any]:
     """The same in the form of vLLM's pooling API."""
+    if request.task not in (None, "embed"):
+        raise BadRequestError(f"Unsupported task: {request.task[:100]!r}. This server can only 'embed'.", "task")
     return await _answer(service, request, f"pool-{request_id}", "pooling", "data")
 
 

@@ -238,27 +238,29 @@ class Generation:
             return await asyncio.to_thread(form, self, deltas)
         return form(self, deltas)
 
-    def usage(self, untold: int = 0) -> dict[str, Any]:
+    def counts(self, untold: int = 0) -> dict[str, Any]:
         """Tokens so far, but for the last `untold` ones. A prompt counts once, however many choices it has."""
         prompt = sum(choice.num_prompt_tokens for choice in self._leaders)
         completion = sum(choice.num_tokens for choice in self.choices) - untold
-        details = {"cached_tokens": sum(choice.num_cached_tokens for choice in self._leaders)}
+        return {"prompt_tokens": prompt, "total_tokens": prompt + completion, "completion_tokens": completion}
+
+    def usage(self, *, nulls: bool = False) -> dict[str, Any]:
+        """All tokens, in detail; with what vLLM has and this server has not, as null."""
+        details: dict[str, int | None] = {"cached_tokens": sum(choice.num_cached_tokens for choice in self._leaders)}
         if block := self._service.model.cache_block_size:
             details["created_cache_tokens"] = sum(
                 max(choice.num_prompt_tokens // block * block - choice.num_cached_tokens, 0) for choice in self._leaders
             )
-        usage = {
-            "prompt_tokens": prompt,
-            "total_tokens": prompt + completion,
-            "completion_tokens": completion,
-            "prompt_tokens_details": details,
-        }
+        usage = {**self.counts(), "prompt_tokens_details": details}
+        if nulls:
+            details["multimodal_tokens"] = None
+            usage["completion_tokens_details"] = None
         reasoning = [choice.num_reasoning_tokens for choice in self.choices if choice.num_reasoning_tokens is not None]
         if reasoning:
             usage["completion_tokens_details"] = {"reasoning_tokens": sum(reasoning)}
         return usage
 
-    def timing(self) -> dict[str, float | None] | None:
+    def timing(self, *, nulls: bool = False) -> dict[str, float | None] | None:
         """The per-request metrics of vLLM, for a request of a single choice. Only the queue time includes waiting."""
         if len(self.choices) > 1:
             return None
@@ -267,13 +269,14 @@ class Generation:
         if clock.scheduled is None or clock.first_token is None or clock.last_token is None:
             return None
         decoding, running = clock.last_token - clock.first_token, clock.last_token - clock.scheduled
-        return {
+        timing = {
             "time_to_first_token_ms": _ms(clock.first_token - clock.scheduled),
             "generation_time_ms": _ms(decoding),
             "queue_time_ms": _ms(clock.scheduled - clock.arrival),
             "mean_itl_ms": _ms(decoding / (count - 1)) if count > 1 else None,
             "tokens_per_second": round(count / running, 3) if running > 0 else None,
         }
+        return timing | {"speculative_decoding": None} if nulls else timing
 
     def _push(self, choice: Choice, event: Event, delta: Delta) -> None:
         if choice.finish_reason is not None:

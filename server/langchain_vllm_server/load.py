@@ -105,7 +105,7 @@ def served_model(settings: Settings, checkpoint: Checkpoint, max_model_len: int)
     source = settings.chat_template if settings.chat_template is not None else checkpoint.chat_template
     return ServedModel(
         names=settings.served_model_name or (settings.model,),
-        root=str(checkpoint.path),
+        root=settings.model,
         version=_engine.__version__,
         tokenizer=tokenizer,
         vocab_size=checkpoint.spec.vocab_size,

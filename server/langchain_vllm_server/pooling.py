@@ -33,6 +33,7 @@ class PoolingFields(msgspec.Struct, kw_only=True):
     truncation_side: Literal["left", "right"] = "right"
     use_activation: bool = True  # scale vectors to length 1
     normalize: bool | None = None  # the former name, refused as in vLLM
+    padding: Literal["do_not_pad", "max_length"] = "do_not_pad"
     priority: int = 0
     cache_salt: str | None = None
     request_id: str | None = None
@@ -41,6 +42,10 @@ class PoolingFields(msgspec.Struct, kw_only=True):
         """A request that reads its prompts and says nothing: whoever checks and cuts those serves this one, too."""
         if self.normalize is not None:
             raise BadRequestError("`normalize` is no longer part of vLLM's API; give `use_activation`.", "normalize")
+        if self.padding != "do_not_pad":
+            raise BadRequestError(
+                "`padding` is not supported: this model reads texts of any length as they are; leave it out.", "padding"
+            )
         return CompletionRequest(
             max_tokens=0,
             echo=True,

@@ -80,11 +80,11 @@ def num_kept(request: GenerationRequest, model: ServedModel, limit: int | None) 
         return None
     if keep > model.max_model_len:
         raise BadRequestError(
-            f"truncate_prompt_tokens value ({keep}) is greater than max_model_len ({model.max_model_len}). "
-            "Please request a smaller truncation size.",
+            "truncate_prompt_tokens value is greater than max_model_len. Please request a smaller truncation size.",
             "truncate_prompt_tokens",
         )
-    return keep if keep >= 0 else max(model.max_model_len - max(limit or 1, not request.only_scores), 1)
+    room = 0 if request.only_scores else limit or 1  # for the answer
+    return keep if keep >= 0 else max(model.max_model_len - room, 1)
 
 
 def truncate(items: list[T], request: GenerationRequest, keep: int | None) -> list[T]:

@@ -87,7 +87,7 @@ REFUSED: list[tuple[str, dict[str, Any], str | None, str]] = [
             ({"use_beam_search": True, "length_penalty": "x"}, "length_penalty", "Expected `float"),
             # what surrounds it
             ({"truncate_prompt_tokens": -2}, "truncate_prompt_tokens", "greater than or equal to -1"),
-            ({"truncate_prompt_tokens": 257}, "truncate_prompt_tokens", "greater than max_model_len (256)"),
+            ({"truncate_prompt_tokens": 257}, "truncate_prompt_tokens", "greater than max_model_len"),
             ({"truncation_side": "middle"}, "truncation_side", "Invalid enum value 'middle'"),
             ({"stream_interval": 0}, "stream_interval", "at least 1"),
             ({"cache_salt": ""}, "cache_salt", "1 to 128 characters"),

@@ -54,7 +54,8 @@ async def test_whole_answer_has_vllms_shape(server: Server) -> None:
             "prompt_tokens": num_prompt,
             "completion_tokens": 12,
             "total_tokens": num_prompt + 12,
-            "prompt_tokens_details": {"cached_tokens": 16},
+            "prompt_tokens_details": {"cached_tokens": 16, "multimodal_tokens": None},
+            "completion_tokens_details": None,
         },
         "prompt_logprobs": None,
         "prompt_token_ids": None,
@@ -68,6 +69,7 @@ async def test_whole_answer_has_vllms_shape(server: Server) -> None:
         "queue_time_ms",
         "mean_itl_ms",
         "tokens_per_second",
+        "speculative_decoding",
     }
     assert timing["tokens_per_second"] > 0
 
@@ -85,6 +87,8 @@ async def test_stream_is_role_then_text_then_reason_then_usage(server: Server) -
         "choices": [
             {"index": 0, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
         ],
+        "prompt_token_ids": None,
+        "prompt_text": None,
     }
     for chunk in middle:
         (choice,) = chunk["choices"]
@@ -93,13 +97,21 @@ async def test_stream_is_role_then_text_then_reason_then_usage(server: Server) -
             "index": 0,
             "delta": {"content": choice["delta"]["content"]},
             "logprobs": None,
+            "token_ids": None,
             "finish_reason": None,
         }
     assert "".join(chunk["choices"][0]["delta"]["content"] for chunk in middle) == "Hello world"
     assert last == {
         **common,
         "choices": [
-            {"index": 0, "delta": {"content": ""}, "logprobs": None, "finish_reason": "stop", "stop_reason": None}
+            {
+                "index": 0,
+                "delta": {},
+                "logprobs": None,
+                "token_ids": None,
+                "finish_reason": "stop",
+                "stop_reason": None,
+            }
         ],
     }
     assert usage["choices"] == []
@@ -248,7 +260,7 @@ async def test_n_choices_stream_interleaved(server: Server) -> None:
     texts, roles, reasons = ["", ""], [0, 0], []
     for event in events[:-1]:
         (choice,) = json.loads(event)["choices"]
-        texts[choice["index"]] += choice["delta"]["content"]
+        texts[choice["index"]] += choice["delta"].get("content", "")
         roles[choice["index"]] += "role" in choice["delta"]
         reasons += [choice["finish_reason"]] if choice["finish_reason"] else []
     assert (texts, roles, reasons) == (["Hello world"] * 2, [1, 1], ["stop", "stop"])
@@ -316,7 +328,7 @@ async def test_streamed_logprobs_are_those_of_the_whole_answer(server: Server) -
 async def test_streamed_text_never_splits_a_character(text: str) -> None:
     async with running(text) as server:
         events = sse_data((await server.chat(stream=True)).text)
-    pieces = [json.loads(event)["choices"][0]["delta"]["content"] for event in events[:-1]]
+    pieces = [json.loads(event)["choices"][0]["delta"].get("content", "") for event in events[:-1]]
     assert "".join(pieces) == text
     assert "\ufffd" not in "".join(pieces)
 

@@ -118,6 +118,8 @@ async def test_the_server_says_what_vectors_are_made_of() -> None:
         ({"input": "a", "encoding_format": "bytes"}, "encoding_format", "validation error"),
         ({"input": "a", "embed_dtype": "float16"}, "embed_dtype", "validation error"),
         ({"input": "a", "normalize": True}, "normalize", "use_activation"),
+        ({"input": "a", "padding": "max_length"}, "padding", "leave it out"),
+        ({"input": "a", "padding": "longest"}, "padding", "validation error"),
         ({"input": "a", "truncate_prompt_tokens": 999}, "truncate_prompt_tokens", "greater than max_model_len"),
         ({"input": "a", "truncate_prompt_tokens": -2}, "truncate_prompt_tokens", "greater than or equal to -1"),
         ({"input": "a", "priority": 1}, "priority", "--scheduling-policy priority"),
@@ -210,3 +212,15 @@ async def test_bad_comparisons(server: Server, path: str, body: dict[str, Any], 
     assert response.status_code == 400
     assert message in response.json()["error"]["message"]
     assert not server.fake.submitted
+
+
+async def test_what_fits_is_the_whole_context(server: Server) -> None:
+    answer = await server.post("/v1/embeddings", input="a" * 300, truncate_prompt_tokens=-1)
+    assert answer.json()["usage"]["prompt_tokens"] == server.model.max_model_len
+
+
+async def test_a_task_of_another_model_is_named(server: Server) -> None:
+    error = (await server.post("/pooling", input="a", task="classify")).json()["error"]
+    assert (error["type"], error["param"]) == ("BadRequestError", "task")
+    assert error["message"].startswith("Unsupported task: 'classify'")
+    assert (await server.post("/pooling", input="a", task="embed", padding="do_not_pad")).status_code == 200
