@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 from typing import TYPE_CHECKING, Any
 
 from langchain_vllm_server._engine_test import KV_BLOCK_SIZE, Event, SamplingParams, ScheduledSequence, Scheduler
@@ -212,3 +213,22 @@ class FakeEngine:
 
 def slot(blocks: Sequence[int], position: int) -> tuple[int, int]:
     return blocks[position // KV_BLOCK_SIZE], position % KV_BLOCK_SIZE
+
+
+def random_tokens(count: int, seed: int = 0) -> list[int]:
+    return random.Random(seed).choices(range(VOCAB), k=count)
+
+
+def assert_all_as_alone(engine: FakeEngine) -> None:
+    finished = [request for request in engine.requests.values() if request.finish != "abort"]
+    assert [(r.output, r.finish) for r in finished] == [r.alone() for r in finished]
+    for request in engine.requests.values():
+        assert request.output == request.alone()[0][: len(request.output)]
+    stats = engine.scheduler.stats()
+    assert stats["num_free_blocks"] == stats["num_blocks"]
+    assert stats["num_running"] == stats["num_waiting"] == 0
+    assert stats["generation_tokens"] == sum(len(r.output) for r in engine.requests.values())
+    assert stats["prompt_tokens"] == sum(
+        len(r.prompt) for r in engine.requests.values() if r.output or r.finish in ("length", "stop")
+    )
+    assert stats["prefix_cache_hits"] == sum(r.events[0].num_cached_tokens for r in engine.requests.values())

@@ -310,3 +310,7 @@ def sse_data(text: str) -> list[str]:
     events = text.removesuffix("\n\n").split("\n\n")
     assert all(event.startswith("data: ") and "\n" not in event for event in events)
     return [event.removeprefix("data: ") for event in events]
+
+
+def prompt_text(server: Server, index: int = 0) -> str:
+    return byte_tokenizer().decode(server.fake.submitted[index].prompt, skip_special_tokens=False)

@@ -7,14 +7,9 @@ from typing import Any
 import pytest
 
 from langchain_vllm_server import reasoning, tool_parsers
-from langchain_vllm_server.chat_messages import content_format
-from tests.server.fakes import CHATML, Server, byte_tokenizer, running, spell, sse_data
+from tests.server.fakes import Server, byte_tokenizer, prompt_text, running, spell, sse_data
 
 HI = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
-
-
-def prompt_text(server: Server, index: int = 0) -> str:
-    return byte_tokenizer().decode(server.fake.submitted[index].prompt, skip_special_tokens=False)
 
 
 async def test_whole_answer_has_vllms_shape(server: Server) -> None:
@@ -338,74 +333,6 @@ async def test_unfinished_character_at_the_end_is_replaced() -> None:
         assert (await server.chat(max_tokens=3)).json()["choices"][0]["message"]["content"] == "a\ufffd"
 
 
-async def test_text_parts_are_joined_for_string_templates(server: Server) -> None:
-    await server.chat([{"type": "text", "text": "one"}, {"type": "text", "text": "two"}])
-    assert "one\ntwo<|im_end|>" in prompt_text(server)
-
-
-async def test_templates_that_loop_over_contents_get_parts() -> None:
-    template = "{% for m in messages %}{% for p in m['content'] %}[{{ p['text'] }}]{% endfor %}{% endfor %}"
-    assert content_format(template) == "openai"
-    async with running(template=template, content_format="openai") as server:
-        await server.chat("Hi")
-    assert prompt_text(server) == "[Hi]"
-
-
-@pytest.mark.parametrize(
-    ("template", "expected"),
-    [
-        (CHATML, "string"),
-        ("{% for m in messages %}{% set c = m.content %}{% for p in c %}{{ p }}{% endfor %}{% endfor %}", "openai"),
-        ("{% for m in messages %}{{ m.content }}{% for t in m.tool_calls %}{{ t }}{% endfor %}{% endfor %}", "string"),
-        ("{% broken", "string"),
-    ],
-)
-def test_content_format(template: str, expected: str) -> None:
-    assert content_format(template) == expected
-
-
-async def test_tool_history_reaches_the_template() -> None:
-    template = (
-        "{% for m in messages %}"
-        "{% for c in m.tool_calls %}{{ c.function.name }}={{ c.function.arguments.x }};{% endfor %}"
-        "{{ m.tool_call_id }}{{ m.content }}|{{ m.reasoning_content }}"
-        "{% endfor %}{{ tools[0].function.name }}{{ mood }}"
-    )
-    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"x": 3}'}}
-    messages = [
-        {"role": "assistant", "content": None, "tool_calls": [call], "reasoning": "hm"},
-        {"role": "tool", "tool_call_id": "1", "content": "9"},
-    ]
-    tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
-    async with running(template=template) as server:
-        body = {"messages": messages, "tools": tools, "tool_choice": "none", "chat_template_kwargs": {"mood": "!"}}
-        response = await server.post("/v1/chat/completions", **body)
-    assert response.status_code == 200, response.text
-    assert prompt_text(server) == "f=3;|hm19|f!"
-
-
-async def test_continue_final_message(server: Server) -> None:
-    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Well"}]
-    body = {"messages": messages, "add_generation_prompt": False, "continue_final_message": True}
-    response = await server.post("/v1/chat/completions", **body)
-    assert prompt_text(server).endswith("assistant\nWell")
-    assert response.json()["choices"][0]["message"]["role"] == "assistant"
-
-
-async def test_a_model_without_template_cannot_chat() -> None:
-    async with running(template=None) as server:
-        response = await server.chat()
-    assert response.status_code == 400
-    assert "--chat-template" in response.json()["error"]["message"]
-
-
-async def test_the_templates_own_refusal_is_a_400() -> None:
-    async with running(template="{{ raise_exception('roles must alternate') }}") as server:
-        response = await server.chat()
-    assert response.status_code == 400
-    assert "roles must alternate" in response.json()["error"]["message"]
-
-
 async def test_answers_do_not_wait_for_each_other() -> None:
     def by_prompt(prompt: Any, _params: Any) -> list[int]:
         return spell("long " * 20 if len(prompt) > len(byte_tokenizer().encode(HI)) else "short")(prompt, None)
@@ -468,17 +395,3 @@ async def test_what_this_model_cannot_do(fields: dict[str, Any], param: str) -> 
     async with running("x", tool_format=tool_parsers.BY_NAME["pythonic"]) as server:
         response = await server.post("/v1/chat/completions", messages=[{"role": "user", "content": "q"}], **fields)
     assert (response.status_code, response.json()["error"]["param"]) == (400, param)
-
-
-async def test_roles_need_not_alternate() -> None:
-    """A template that insists on it gets neighbours of one role as one, and a system message with the first turn."""
-    template = (
-        "{% for m in messages %}"
-        "{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}{% endif %}"
-        "[{{ m.role }}:{{ m.content }}]{% endfor %}"
-    )
-    messages = [{"role": role, "content": role[0]} for role in ("system", "user", "user", "assistant", "assistant")]
-    async with running(template=template) as server:
-        body = {"messages": messages, "max_tokens": 1, "return_prompt_text": True}
-        response = await server.post("/v1/chat/completions", **body)
-    assert response.json()["prompt_text"] == "[user:s\n\nu\n\nu][assistant:a\n\na]"
