@@ -146,7 +146,7 @@ async def test_unknown_model_and_task(server: Server) -> None:
 
 
 async def test_who_goes_away_is_forgotten_and_a_dead_engine_told() -> None:
-    async with running(step_seconds=0.05) as server:
+    async with running(step_seconds=60) as server:
         task = asyncio.ensure_future(server.post("/v1/embeddings", input=["abc"] * 3))
         await until(lambda: len(server.fake.submitted) == 3)
         assert (await server.client.get("/load")).json() == {"server_load": 1}
