@@ -42,8 +42,9 @@ _REMEDIES = {
     "watermarking": "`watermarking` is not supported: this server has no watermark to put into texts; leave it out.",
 }
 
-# Removed from vLLM's API, which now drops them silently, and what became of them; None: nothing to choose any more.
-_REMOVED = {
+# What vLLM's API has lost, or never had but llama.cpp's and SGLang's have: vLLM drops it silently, and the answer is
+# not what was asked for. Where it went in `structured_outputs`; None: nothing to choose any more.
+_TRANSLATED = {
     "guided_json": "json",
     "guided_regex": "regex",
     "guided_choice": "choice",
@@ -52,6 +53,10 @@ _REMOVED = {
     "guided_whitespace_pattern": "whitespace_pattern",
     "guided_decoding_backend": None,
     "structured_outputs_backend": None,
+    "grammar": "grammar",
+    "ebnf": "grammar",
+    "json_schema": "json",
+    "regex": "regex",
 }
 
 # Known fields that cannot change the answer of a server that keeps nothing and runs first come, first served.
@@ -219,7 +224,7 @@ def decode(body: bytes, type: type[T]) -> T:  # noqa: A002
     """Decode and check the types of a JSON body. Raises RequestError (400) that names the field."""
     raw = decode_object(body)
     _refuse_unsupported(raw)
-    _translate_removed(raw)
+    _translate(raw)
     _warn_unknown(raw, type)
     try:
         return msgspec.convert(raw, type, strict=False)  # like pydantic: "5" and 5.0 are an int
@@ -267,13 +272,13 @@ def _refuse_unsupported(raw: dict[str, Any]) -> None:
             raise BadRequestError(_REMEDIES.get(name, default), name)
 
 
-def _translate_removed(raw: dict[str, Any]) -> None:
-    for name in sorted(raw.keys() & _REMOVED.keys()):
-        value, new = raw.pop(name), _REMOVED[name]
+def _translate(raw: dict[str, Any]) -> None:
+    for name in sorted(raw.keys() & _TRANSLATED.keys()):
+        value, new = raw.pop(name), _TRANSLATED[name]
         if new is None:
-            logger.warning("ignored `%s`: it is no longer part of vLLM's API, and there is one backend", name)
+            logger.warning("ignored `%s`: it is not part of vLLM's API, and there is one backend", name)
             continue
-        logger.warning("`%s` is no longer part of vLLM's API: took it as `structured_outputs.%s`", name, new)
+        logger.warning("`%s` is not part of vLLM's API: took it as `structured_outputs.%s`", name, new)
         outputs = raw.setdefault("structured_outputs", {})
         if not isinstance(outputs, dict) or new in outputs:
             raise BadRequestError(f"`{name}` and `structured_outputs` contradict each other; give one of them.", name)

@@ -34,6 +34,7 @@ class ResponseFormat(msgspec.Struct, kw_only=True):
 
     type: Literal["text", "json_object", "json_schema", "structural_tag"]
     json_schema: JsonSchemaFormat | None = None
+    schema: Any = None  # of a json_object, as llama.cpp has it
     format: dict[str, Any] | None = None
     structures: list[dict[str, Any]] | None = None
     triggers: list[str] | None = None
@@ -79,6 +80,8 @@ def requested_grammar(request: GenerationRequest, spelling: Spelling) -> tuple[G
 def _of_response_format(wanted: ResponseFormat | None, spelling: Spelling) -> tuple[Grammar, str] | None:
     if wanted is None or wanted.type == "text":
         return None
+    if wanted.type == "json_object" and wanted.schema is not None:
+        return json_schema.grammar(wanted.schema, "response_format.schema", spelling), "response_format.schema"
     if wanted.type == "json_object":
         return json_schema.grammar(json_schema.ANY_OBJECT, "response_format", spelling), "response_format"
     if wanted.type == "structural_tag":
