@@ -15,6 +15,7 @@ from starlette.routing import Route
 
 from langchain_vllm_server.errors import BadRequestError, RequestError
 from langchain_vllm_server.http_metrics import CountedRequests
+from langchain_vllm_server.load_report import load_report
 from langchain_vllm_server.protocol import GenerationRequest, decode
 from langchain_vllm_server.responses import ClientDisconnect, error_response, json_response, until_disconnect
 from langchain_vllm_server.routes import DOCS, OPERATIONS, PAGES, Page
@@ -67,11 +68,14 @@ def _post(service: Service, operation: Operation) -> Endpoint:
             body = await _read_body(request)
             wanted = operation.of(body)
             decoded = _with_headers(decode(body, wanted.request), request)
+            load = load_report(request.headers, service.engine.stats())
             answer = wanted.answer(service, decoded, _request_id(request, decoded))
             result = await until_disconnect(request.receive, answer)
         except (ClientDisconnect, BodyDisconnect):
             return Response(status_code=499)  # nobody reads it
-        return result if isinstance(result, Response) else json_response(result)
+        response = result if isinstance(result, Response) else json_response(result)
+        response.headers.update(load)
+        return response
 
     return endpoint
 

@@ -119,3 +119,25 @@ async def test_bad_invocations(server: Server, body: bytes) -> None:
 def test_paths_are_unique() -> None:
     paths = [row.path for row in (*routes.PAGES, *routes.OPERATIONS)]
     assert len(set(paths)) == len(paths)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("wanted", "told"),
+    [
+        ("TEXT", "TEXT named_metrics.kv_cache_usage_perc=0.25, named_metrics.num_requests_waiting=0.0"),
+        ("json", 'JSON {"named_metrics":{"kv_cache_usage_perc":0.25,"num_requests_waiting":0.0}}'),
+    ],
+)
+async def test_load_balancers_are_told_the_load(server: Server, wanted: str, told: str, stream: bool) -> None:
+    body = {"messages": HI, "stream": stream}
+    headers = {"endpoint-load-metrics-format": wanted}
+    response = await server.client.post("/v1/chat/completions", json=body, headers=headers)
+    assert response.headers["endpoint-load-metrics"] == told
+    assert "endpoint-load-metrics" not in (await server.post("/v1/chat/completions", **body)).headers
+
+
+async def test_a_load_report_has_two_formats(server: Server) -> None:
+    headers = {"endpoint-load-metrics-format": "BIN"}
+    response = await server.client.post("/v1/completions", json={"prompt": "a"}, headers=headers)
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "endpoint-load-metrics-format")
