@@ -62,22 +62,22 @@ class ChatAnswer:
         self._logprobs = LogprobFormat(service.model, request)
         self._returns_ids = request.return_token_ids
         self._echo = _echoed(request, self._role) if request.echo else ""
-        self._begun: set[int] = set()
+        self._begun = False
+        self._num_choices = request.n
         self._form = form
         self._readers: dict[int, AnswerReader] = {}  # of choices whose text is more than content
 
     def chunk_entries(self, choice: Choice, delta: Delta) -> list[bytes]:
-        """The role, once; then what is new; with the last one why it ended. Nothing while all text is held back."""
+        """First the role of every choice; what is new; at last why it ended. Nothing while all text is held back."""
         entries = []
-        if choice.index not in self._begun:
-            self._begun.add(choice.index)
-            entries.append(
-                b'{"index":%d,"delta":{"role":%b,"content":""},"logprobs":null,"finish_reason":null}'
-                % (choice.index, encode_json(self._role))
-            )
-            if self._echo:
-                entries.append(b'{"index":%d,"delta":{"content":%b},"logprobs":null,"finish_reason":null}'
-                    % (choice.index, encode_json(self._echo)))  # fmt: skip
+        if not self._begun:
+            self._begun = True
+            begin = [{"role": self._role, "content": ""}, *([{"content": self._echo}] if self._echo else [])]
+            entries = [
+                encode_json({"index": index, "delta": told, "logprobs": None, "finish_reason": None})
+                for told in begin
+                for index in range(self._num_choices)
+            ]
         news, finish_reason = self._news(choice, delta)
         if news or delta.logprobs or delta.finish_reason is not None or (self._returns_ids and delta.token_ids):
             entries.append(self._entry(choice, delta, news or b"{}", finish_reason))

@@ -252,6 +252,7 @@ async def test_requests_without_seed_differ(server: Server) -> None:
 
 async def test_n_choices_stream_interleaved(server: Server) -> None:
     events = sse_data((await server.chat(n=2, stream=True)).text)
+    assert all('"role"' in event for event in events[:2]), "all roles come first"
     texts, roles, reasons = ["", ""], [0, 0], []
     for event in events[:-1]:
         (choice,) = json.loads(event)["choices"]
