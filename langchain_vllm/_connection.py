@@ -14,7 +14,7 @@ import openai
 
 from langchain_vllm import _http
 from langchain_vllm._shared import shared_server
-from langchain_vllm.errors import VLLMConnectionError, VLLMTimeoutError, explain
+from langchain_vllm.errors import VLLMConnectionError, VLLMServerCrashedError, VLLMTimeoutError, explain
 from langchain_vllm.launcher import VLLMServer
 
 if TYPE_CHECKING:
@@ -196,17 +196,19 @@ class Connection:
         if isinstance(error, openai.APIError) and not isinstance(error, openai.APIConnectionError):
             return explain(error, str(self._url), has_key=self.api_key != NO_KEY, served=served)
         request: Any = error.request  # type: ignore[attr-defined]
-        return VLLMConnectionError(message=self._why_unreachable(error), request=request)
-
-    def _why_unreachable(self, error: Exception) -> str:
         cause = _first_cause(error)
         if self.server is None:
-            return (
+            message = (
                 f"No answer from the vLLM server at {self._url} ({cause}). Start one with `langchain-vllm serve MODEL` "
                 "or `vllm serve MODEL`, or leave out base_url, and ChatVLLM starts its own."
             )
-        state = "has ended (the next call starts it again)" if _ends(self.server) else "runs, but did not answer"
-        return f"The managed server {state}: {cause}. The end of its log:\n{self.server.log_tail()}"
+            return VLLMConnectionError(message=message, request=request)
+        log = f"The end of its log:\n{self.server.log_tail()}"
+        if not _ends(self.server):
+            message = f"The managed server runs, but did not answer: {cause}. {log}"
+            return VLLMConnectionError(message=message, request=request)
+        message = f"The managed server has ended (the next call starts it again): {cause}. {log}"
+        return VLLMServerCrashedError(message=message, request=request)
 
     def _only_served_model(self) -> str:
         with self.explained():
@@ -229,8 +231,10 @@ class Connection:
         }
         if self.max_retries is not None:
             options["max_retries"] = self.max_retries
-        http_client = self.http_client or _http.sync_client(proxy, sockets, unix_socket)
-        http_async_client = self.http_async_client or _http.async_client(proxy, sockets, unix_socket)
+        # What a managed server may have begun is sent again by none but the caller, who learns that it crashed.
+        once = self.base_url is None
+        http_client = self.http_client or _http.sync_client(proxy, sockets, unix_socket, once)
+        http_async_client = self.http_async_client or _http.async_client(proxy, sockets, unix_socket, once)
         client = openai.OpenAI(http_client=http_client, **options)
         async_client = openai.AsyncOpenAI(http_client=http_async_client, **options)
         for made in (client, async_client):

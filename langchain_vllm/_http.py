@@ -11,8 +11,9 @@ import atexit
 import os
 import socket
 import sys
+from contextlib import contextmanager
 from functools import cache, lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import unquote, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
@@ -20,7 +21,7 @@ import openai
 
 if TYPE_CHECKING:
     import ssl
-    from collections.abc import AsyncGenerator
+    from collections.abc import AsyncGenerator, Iterator
 
     import httpx
 else:
@@ -69,6 +70,30 @@ def environment_proxy(url: str) -> str | None:
     return proxy if proxy is None or "://" in proxy else f"http://{proxy}"
 
 
+@contextmanager
+def _unrepeated(request: httpx.Request, once: bool) -> Iterator[None]:
+    """With `once`: make a broken connection an error of the SDK, which repeats a request after httpx's errors only."""
+    try:
+        yield
+    except httpx.TransportError as error:
+        if not once or isinstance(error, httpx.TimeoutException):
+            raise
+        raise openai.APIConnectionError(request=cast("Any", request)) from error
+
+
+class Transport(httpx.HTTPTransport):
+    """A synchronous transport; with `once`, a request that may have reached the server is not sent again."""
+
+    def __init__(self, *, once: bool, **options: Any) -> None:
+        self._once = once
+        super().__init__(**options)
+
+    def handle_request(self, request: httpx.Request) -> httpx.Response:
+        """Send `request`."""
+        with _unrepeated(request, self._once):
+            return super().handle_request(request)
+
+
 class LoopAwareTransport(httpx.AsyncBaseTransport):
     """An asynchronous transport with a connection pool for each event loop.
 
@@ -77,7 +102,8 @@ class LoopAwareTransport(httpx.AsyncBaseTransport):
     at its end.
     """
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, *, once: bool, **options: Any) -> None:
+        self._once = once
         self._options = options
         self._pools: dict[asyncio.AbstractEventLoop, tuple[httpx.AsyncHTTPTransport, AsyncGenerator[None]]] = {}
 
@@ -86,7 +112,8 @@ class LoopAwareTransport(httpx.AsyncBaseTransport):
         loop = asyncio.get_running_loop()
         if loop not in self._pools:
             await self._open(loop)
-        return await self._pools[loop][0].handle_async_request(request)
+        with _unrepeated(request, self._once):
+            return await self._pools[loop][0].handle_async_request(request)
 
     async def _open(self, loop: asyncio.AbstractEventLoop) -> None:
         for other in tuple(self._pools):
@@ -113,33 +140,41 @@ def _ssl_context() -> ssl.SSLContext:
 def _transport_options(
     proxy: str | None, socket_options: tuple[SocketOption, ...], unix_socket: str | None
 ) -> dict[str, Any]:
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=100, keepalive_expiry=5.0)
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=100, keepalive_expiry=2.5)  # servers wait 5 s
     sockets = {"socket_options": list(socket_options)} if unix_socket is None else {"uds": unix_socket}
     return {"verify": _ssl_context(), "proxy": proxy, "limits": limits, **sockets}
 
 
 @lru_cache(maxsize=16)
-def _sync_client(proxy: str | None, sockets: tuple[SocketOption, ...], unix_socket: str | None, pid: int) -> Any:
-    transport: Any = httpx.HTTPTransport(**_transport_options(proxy, sockets, unix_socket))
+def _sync_client(
+    proxy: str | None, sockets: tuple[SocketOption, ...], unix_socket: str | None, once: bool, pid: int
+) -> Any:
+    transport: Any = Transport(once=once, **_transport_options(proxy, sockets, unix_socket))
     client: Any = openai.DefaultHttpxClient(transport=transport)
     atexit.register(client.close)
     return client
 
 
 @lru_cache(maxsize=16)
-def _async_client(proxy: str | None, sockets: tuple[SocketOption, ...], unix_socket: str | None, pid: int) -> Any:
-    transport: Any = LoopAwareTransport(**_transport_options(proxy, sockets, unix_socket))
+def _async_client(
+    proxy: str | None, sockets: tuple[SocketOption, ...], unix_socket: str | None, once: bool, pid: int
+) -> Any:
+    transport: Any = LoopAwareTransport(once=once, **_transport_options(proxy, sockets, unix_socket))
     return openai.DefaultAsyncHttpxClient(transport=transport)
 
 
-def sync_client(proxy: str | None, sockets: tuple[SocketOption, ...], unix_socket: str | None = None) -> Any:
+def sync_client(
+    proxy: str | None, sockets: tuple[SocketOption, ...], unix_socket: str | None = None, once: bool = False
+) -> Any:
     """The process's synchronous client for `proxy`; a forked child gets its own, for it must not share sockets."""
-    return _sync_client(proxy, sockets, unix_socket, os.getpid())
+    return _sync_client(proxy, sockets, unix_socket, once, os.getpid())
 
 
-def async_client(proxy: str | None, sockets: tuple[SocketOption, ...], unix_socket: str | None = None) -> Any:
+def async_client(
+    proxy: str | None, sockets: tuple[SocketOption, ...], unix_socket: str | None = None, once: bool = False
+) -> Any:
     """The process's asynchronous client for `proxy`, for use in any event loop."""
-    return _async_client(proxy, sockets, unix_socket, os.getpid())
+    return _async_client(proxy, sockets, unix_socket, once, os.getpid())
 
 
 def timeout(value: Any) -> Any:

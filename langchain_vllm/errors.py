@@ -25,6 +25,10 @@ class VLLMConnectionError(openai.APIConnectionError, ModelConnectionError):
     """The server can't be reached, or went away during the answer."""
 
 
+class VLLMServerCrashedError(VLLMConnectionError):
+    """The managed server ended while it had the request. That was not sent again; the next call restarts the server."""
+
+
 class VLLMTimeoutError(openai.APITimeoutError, ModelTimeoutError):
     """The answer took longer than `timeout`."""
 

@@ -1,7 +1,8 @@
 """A server that keeps the launcher's contract and has no model: real process, real pipes, real HTTP.
 
 The model's name says how it behaves: `good`, `slow` (half a second of loading), `crash` (at start), `crash-loading`,
-`mute` (never greets), `stuck` (loading for ever), `deaf` (does not end when it should), `die` (at a request).
+`mute` (never greets), `stuck` (loading for ever), `deaf` (does not end when it should), `die` (at a request),
+`drop` (the connection, at a request).
 """
 
 from __future__ import annotations
@@ -73,12 +74,28 @@ def handler(model: str) -> type[BaseHTTPRequestHandler]:
 
         def do_POST(self) -> None:
             request = json.loads(self.rfile.read(int(self.headers["content-length"])))
+            print("a request", flush=True)
+            if model == "drop":
+                self.close_connection = True
+                return
             if model == "die":
+                if request.get("stream"):
+                    self.begin_stream()
                 print("segmentation fault", flush=True)
                 os._exit(11)
             message = {"role": "assistant", "content": f"{os.getpid()} {request['messages'][-1]['content']}"}
             choice = {"index": 0, "message": message, "finish_reason": "stop"}
             self.answer(200, {"id": "1", "object": "chat.completion", "model": model, "choices": [choice]})
+
+        def begin_stream(self) -> None:
+            chunk = {"id": "1", "object": "chat.completion.chunk", "model": model, "created": 1}
+            choice = {"index": 0, "delta": {"role": "assistant", "content": "Once"}, "finish_reason": None}
+            self.send_response(200)
+            self.send_header("content-type", "text/event-stream")
+            self.send_header("transfer-encoding", "chunked")
+            self.end_headers()
+            event = b"data: " + json.dumps({**chunk, "choices": [choice]}).encode() + b"\n\n"
+            self.wfile.write(b"%x\r\n%s\r\n" % (len(event), event))
 
         def answer(self, status: int, body: dict[str, Any] | None) -> None:
             content = b"" if body is None else json.dumps(body).encode()

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from langchain_vllm import ChatVLLM, VLLMServer, _process, _shared, launcher
-from langchain_vllm.errors import VLLMConnectionError
+from langchain_vllm.errors import VLLMConnectionError, VLLMServerCrashedError
 from langchain_vllm.launcher import Health, VLLMServerError
 from langchain_vllm_server.owners import LOG_BYTES, trim_log
 from tests.integration_tests.fakes import Program, alive, descriptors, eventually, fake_command
@@ -404,16 +404,36 @@ class TestSharing:
         assert "VLLM_API_KEY=hidden-key" in Path(f"/proc/{chat.server.pid}/environ").read_text()
 
     def test_a_server_that_dies_is_reported_and_started_again(self) -> None:
-        chat = ChatVLLM(model="die", max_retries=0)
+        chat = ChatVLLM(model="die")
         with pytest.raises(
-            VLLMConnectionError, match=r"has ended \(the next call starts it again\)[^\0]*segmentation fault"
-        ):
+            VLLMServerCrashedError, match=r"has ended \(the next call starts it again\)[^\0]*segmentation fault"
+        ) as raised:
             chat.invoke("Hello")
+        assert raised.value.is_retryable
         assert chat.server is not None
         first = chat.server.pid
-        with pytest.raises(VLLMConnectionError):
+        with pytest.raises(VLLMServerCrashedError):
             chat.invoke("Hello")
         assert chat.server.pid != first
+
+    async def test_a_server_that_dies_during_an_answer(self) -> None:
+        chat = ChatVLLM(model="die")
+        stream, astream = chat.stream("Hello"), chat.astream("Hello")
+        assert next(stream).content == "Once"
+        with pytest.raises(VLLMServerCrashedError):
+            next(stream)
+        assert (await anext(astream)).content == "Once"
+        with pytest.raises(VLLMServerCrashedError):
+            await anext(astream)
+
+    @pytest.mark.parametrize("asynchronously", [False, True])
+    async def test_nothing_is_sent_twice(self, asynchronously: bool) -> None:
+        chat = ChatVLLM(model="drop", max_retries=3)
+        with pytest.raises(VLLMConnectionError, match="runs, but did not answer") as raised:
+            await (chat.ainvoke("Hello") if asynchronously else asyncio.to_thread(chat.invoke, "Hello"))
+        assert not isinstance(raised.value, VLLMServerCrashedError)
+        assert chat.server is not None
+        assert chat.server.log_tail().count("a request") == 1
 
     def test_an_object_follows_a_server_that_another_has_started_again(self) -> None:
         first, second = ChatVLLM(model="good"), ChatVLLM(model="good")
