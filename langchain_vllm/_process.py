@@ -268,7 +268,7 @@ def read_tail(log: int, lines: int) -> str:
     text = os.pread(log, size - begin, begin)
     if begin:
         text = text.partition(b"\n")[2]
-    return "\n".join(text.decode(errors="replace").splitlines()[-lines:])
+    return "\n".join(text.decode(errors="replace").splitlines()[-lines:] if lines > 0 else [])
 
 
 def _take_leave(connection: socket.socket, keep_alive: float) -> bool | None:

@@ -1,12 +1,15 @@
-"""The command `langchain-vllm`: serve a model, or talk with one."""
+"""The command `langchain-vllm`: serve a model, talk with one, look after managed servers."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+import time
 from contextlib import ExitStack
 from io import TextIOWrapper
 from typing import TYPE_CHECKING
+
+from langchain_vllm._running import running_servers
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -14,6 +17,7 @@ if TYPE_CHECKING:
     from langchain_core.messages import BaseMessage
 
     from langchain_vllm import ChatVLLM
+    from langchain_vllm._running import RunningServer
 
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 
@@ -25,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _serve(arguments[1:])
     args = _parser().parse_args(arguments)
     try:
-        return _chat(args)
+        return int(args.run(args))
     except (ImportError, RuntimeError, ValueError) as error:
         print(f"langchain-vllm: {error}", file=sys.stderr)  # noqa: T201
         return 1
@@ -52,7 +56,72 @@ def _parser() -> argparse.ArgumentParser:
     chat.add_argument("--system", metavar="TEXT", help="a system message")
     chat.add_argument("--temperature", type=float, help="default: the server's")
     chat.add_argument("--max-tokens", type=int, help="longest answer, in tokens")
+    chat.set_defaults(run=_chat)
+    _add_server_commands(commands)
     return parser
+
+
+def _add_server_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    ps = commands.add_parser("ps", help="list your managed servers")
+    ps.set_defaults(run=_ps)
+    logs = commands.add_parser("logs", help="show what a managed server wrote", description="Show the end of a log.")
+    logs.add_argument("which", nargs="?", metavar="MODEL|PID", help="which server; by default all")
+    logs.add_argument("-n", "--lines", type=int, default=100, help="how many lines, default 100")
+    logs.set_defaults(run=_logs)
+    stop = commands.add_parser(
+        "stop",
+        help="stop managed servers",
+        description="Stop managed servers, also such as are in use: the next call of a program starts one again.",
+    )
+    stop.add_argument("which", nargs="?", metavar="MODEL|PID", help="the model's servers, or the one with that pid")
+    stop.add_argument("--all", action="store_true", help="all of them")
+    stop.set_defaults(run=_stop)
+
+
+def _ps(_args: argparse.Namespace) -> int:
+    row = "{:<32} {:>8} {:<28} {:>6} {:>9} {:<8} {}".format
+    print(row("MODEL", "PID", "ADDRESS", "AGE", "MEMORY", "ENGINE", "OWNERS"))  # noqa: T201
+    for server in running_servers():
+        age = f"{time.time() - server.started:.0f} s"
+        owners = ",".join(map(str, server.owners)) or "-"
+        memory = f"{server.memory() >> 20} MiB"
+        print(row(server.model, server.pid, server.url, age, memory, server.engine, owners))  # noqa: T201
+    return 0
+
+
+def _logs(args: argparse.Namespace) -> int:
+    found = 0
+    for server in running_servers():
+        if _is_meant(server, args.which):
+            found += 1
+            print(f"==> {server.model}, pid {server.pid}", file=sys.stderr)  # noqa: T201
+            print(server.log_tail(args.lines))  # noqa: T201
+    return _unless_none(found, args.which)
+
+
+def _stop(args: argparse.Namespace) -> int:
+    if (args.which is None) != args.all:
+        print("langchain-vllm stop: name a model or a pid (see langchain-vllm ps), or say --all", file=sys.stderr)  # noqa: T201
+        return 2
+    found = 0
+    for server in running_servers():
+        if _is_meant(server, args.which):
+            found += 1
+            ended = "stopped" if server.stop() else "could not stop"
+            print(f"{ended} {server.model}, pid {server.pid}")  # noqa: T201
+    return 0 if args.all else _unless_none(found, args.which)
+
+
+def _is_meant(server: RunningServer, which: str | None) -> bool:
+    return which in (None, server.model, str(server.pid))
+
+
+def _unless_none(found: int, which: str | None) -> int:
+    if found:
+        return 0
+    what = "No managed server runs." if which is None else f"No managed server of yours has the model or pid {which!r}."
+    print(what, file=sys.stderr)  # noqa: T201
+    return 1
 
 
 def _serve(arguments: list[str]) -> int:
