@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from copy import deepcopy
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from langchain_core.utils import get_pydantic_field_names
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, SecretStr, model_validator
@@ -117,6 +117,8 @@ class ConnectedModel(Connected, BaseModel):
     """Retries of a request that failed before its answer began; the SDK's default is 2."""
     default_headers: dict[str, str] | None = None
     default_query: dict[str, object] | None = None
+    engine: Literal["native", "vllm"] | None = None
+    """The managed server's, see `VLLMServer`; "native" by default."""
     server_options: dict[str, Any] = Field(default_factory=dict)
     """Arguments for the managed server, see `VLLMServer`; only without `base_url`."""
     extra_body: dict[str, Any] = Field(default_factory=dict)
@@ -147,6 +149,7 @@ class ConnectedModel(Connected, BaseModel):
             model=self.model,
             api_key=self.api_key.get_secret_value() if self.api_key else NO_KEY,
             server_options=self.server_options,
+            engine=self.engine,
             timeout=self.timeout,
             max_retries=self.max_retries,
             default_headers=self.default_headers,

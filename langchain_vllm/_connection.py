@@ -26,7 +26,7 @@ NO_KEY = "EMPTY"
 _FAILURES = (openai.APIError, _http.TransportError)
 _ASK_SECONDS = 5.0  # for the list of models, when a request has just failed
 
-_SERVER_OPTIONS = frozenset(inspect.signature(VLLMServer).parameters) - {"model"}
+_SERVER_OPTIONS = frozenset(inspect.signature(VLLMServer).parameters) - {"model", "options"}
 
 
 def base_url_from_env() -> str | None:
@@ -46,6 +46,7 @@ class Connection:
     model: str
     api_key: str
     server_options: Mapping[str, Any]
+    engine: str | None = None
     timeout: Any = None
     max_retries: int | None = None
     default_headers: Mapping[str, str] | None = None
@@ -68,9 +69,9 @@ class Connection:
     def __post_init__(self) -> None:
         if self.base_url is None:
             self._check_managed()
-        elif self.server_options:
+        elif self.server_options or self.engine is not None:
             raise ValueError(
-                f"server_options are for a managed server, but this one is at {self.base_url}: "
+                f"engine and server_options are for a managed server, but this one is at {self.base_url}: "
                 "leave them out, or leave out base_url (and VLLM_BASE_URL)."
             )
         else:
@@ -79,6 +80,10 @@ class Connection:
     def _check_managed(self) -> None:
         if not self.model:
             raise ValueError("Pass model= (for a managed local server), or base_url= or VLLM_BASE_URL (for another).")
+        if self.engine is not None and self.server_options.get("engine", self.engine) != self.engine:
+            raise ValueError(f"engine={self.engine!r}, but server_options has {self.server_options['engine']!r}.")
+        if "vllm" in (self.engine, self.server_options.get("engine")):  # which has flags of its own
+            return
         if unknown := set(self.server_options) - _SERVER_OPTIONS:
             raise ValueError(f"Unknown server_options {sorted(unknown)}; VLLMServer has {sorted(_SERVER_OPTIONS)}.")
 
@@ -110,7 +115,8 @@ class Connection:
     def _managed_url(self) -> str:
         if self.server is None:
             key = {} if self.api_key == NO_KEY else {"api_key": self.api_key}
-            self.server = shared_server(self.model, **{**key, **self.server_options})
+            engine = {} if self.engine is None else {"engine": self.engine}
+            self.server = shared_server(self.model, **{**key, **engine, **self.server_options})
         self.server.start()
         return self.server.base_url
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from contextlib import aclosing
-from typing import TYPE_CHECKING, Any, Self, cast
+from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
 from langchain_core.utils.function_calling import convert_to_openai_tool
 from langchain_openai.chat_models.base import BaseChatOpenAI
@@ -62,7 +62,7 @@ class ChatVLLM(Connected, ChatParameters, BaseChatOpenAI):
         api_key: Else VLLM_API_KEY; else none is sent. No OPENAI_* variable is read.
         timeout: Seconds for a request; by default an answer may take any time.
         max_retries: Retries of a request that failed before its answer began.
-        server_options: Arguments for the managed server, see `VLLMServer`.
+        engine, server_options: Arguments for the managed server, see `VLLMServer`; `engine="vllm"` is vLLM itself.
 
     Invoke:
         ```python
@@ -131,6 +131,8 @@ class ChatVLLM(Connected, ChatParameters, BaseChatOpenAI):
     """Send the reasoning of earlier answers back with the conversation, for models whose template wants it."""
     reasoning_tags: tuple[str, str] | None = ("<think>", "</think>")
     """What encloses reasoning in the text of a server without a reasoning parser; None leaves it in the text."""
+    engine: Literal["native", "vllm"] | None = None
+    """The managed server's, see `VLLMServer`; "native" by default."""
     server_options: dict[str, Any] = Field(default_factory=dict)
     """Arguments for the managed server, see `VLLMServer`; only without `base_url`."""
 
@@ -192,6 +194,7 @@ class ChatVLLM(Connected, ChatParameters, BaseChatOpenAI):
             model=self.model_name,
             api_key=self.openai_api_key.get_secret_value() if self.openai_api_key else NO_KEY,
             server_options=self.server_options,
+            engine=self.engine,
             timeout=self.request_timeout,
             max_retries=self.max_retries,
             default_headers=self.default_headers,

@@ -11,24 +11,24 @@ import time
 import weakref
 from contextlib import closing
 from dataclasses import dataclass
-from importlib.util import find_spec
 from secrets import token_hex
-from typing import TYPE_CHECKING, Self, TextIO
+from typing import TYPE_CHECKING, Any, Self, TextIO
 from urllib.error import HTTPError
 from urllib.request import ProxyHandler, build_opener
 
+from langchain_vllm._engines import check_options, native_command, require_server_packages, vllm_command, vllm_launch
 from langchain_vllm._identity import identity
 from langchain_vllm._process import ServerProcess
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from langchain_vllm._engines import Engine
+
 POLL_SECONDS = 0.05
 ERROR_LOG_LINES = 30
 
 _servers: weakref.WeakSet[VLLMServer] = weakref.WeakSet()
-
-_SERVER_PACKAGES = ("starlette", "uvicorn", "tokenizers", "jinja2", "msgspec", "orjson", "regex", "llguidance")
 
 
 class VLLMServerError(RuntimeError):
@@ -88,8 +88,18 @@ class VLLMServer:
         env: Environment variables added to this process's own.
         shared: Share the server; False: start one that nobody else finds.
         keep_alive: Seconds that the server stays when nobody needs it any more, as long as this process lives.
-        startup_timeout: Seconds that a start may stand still before it fails; with progress it may take any time.
+        startup_timeout: Seconds that a start may stand still before it fails; with progress it may take any time, and
+            a line in the log is progress.
         show_progress: Report loading on stderr; by default if that is a terminal.
+        engine: "native" is this package's, on the CPU; "vllm" is vLLM itself, which must be installed: for GPUs, and
+            with `distributed_executor_backend="ray"` for many machines.
+        python: With "vllm": the interpreter that has it; by default this one, or else the program `vllm` on the PATH.
+        options: With "vllm": any further flags of `vllm serve`, such as `tensor_parallel_size=2`,
+            `enable_prefix_caching=False` or `speculative_config={...}`.
+
+    Raises:
+        TypeError: An option is not known.
+        ValueError: An option is of the other engine.
     """
 
     def __init__(
@@ -113,24 +123,31 @@ class VLLMServer:
         keep_alive: float = 0.0,
         startup_timeout: float = 120.0,
         show_progress: bool | None = None,
+        engine: Engine = "native",
+        python: str | os.PathLike[str] | None = None,
+        **options: Any,
     ) -> None:
         self.model = os.fspath(model)
         self.startup_timeout = startup_timeout
         self.startup_seconds: float | None = None
         """How long the last start took; None before it."""
-        self._flags: dict[str, str | int | Sequence[str] | None] = {
+        self.engine = engine
+        self._flags: dict[str, Any] = {
             "host": host,
             "port": port,
-            "served-model-name": served_model_name,
-            "max-model-len": max_model_len,
-            "max-num-seqs": max_num_seqs,
+            "served_model_name": served_model_name,
+            "max_model_len": max_model_len,
+            "max_num_seqs": max_num_seqs,
             "dtype": dtype,
             "quantization": quantization,
             "seed": seed,
             "threads": threads,
             "memory": memory,
-            "shutdown-timeout": 3,  # seconds; whoever stops a server of their own is not waiting for its answers
         }
+        self._python = os.fspath(python) if python is not None else None
+        self._vllm: list[str] = []
+        check_options(engine, self._flags, options, self._python)
+        self._flags |= options
         self._extra_args = list(extra_args)
         self._env = {**(env or {}), **({"VLLM_API_KEY": api_key} if api_key else {})}
         self._show_progress = show_progress
@@ -192,13 +209,16 @@ class VLLMServer:
 
         Raises:
             VLLMServerError: It ended, or stood still for `startup_timeout` seconds; the message has the end of its log.
-            ImportError: The server's packages are not installed.
+            ImportError: The server's packages, or vLLM, are not installed.
         """
         with self._starting:
             if self.is_ready and self._process is not None and self._process.owned_here:
                 return
             _require_linux()
-            _require_server_packages()
+            if self.engine == "vllm":
+                self._vllm = vllm_launch(self._python, {**os.environ, **self._env})
+            else:
+                require_server_packages()
             self.stop()
             begin = time.monotonic()
             try:
@@ -247,13 +267,14 @@ class VLLMServer:
         Raises:
             VLLMServerError: See `start`.
         """
-        last, deadline = Health(""), 0.0
+        last, deadline = (Health(""), 0), 0.0
         with closing(_ProgressReport(self.model, self._show_progress)) as report:
             while not (health := self.health()).ready:
                 if not self.is_running:
                     raise self._failure("ended before it was ready")
-                if health != last:
-                    last, deadline = health, time.monotonic() + self.startup_timeout
+                now = health, self._process.log_size() if self._process else 0
+                if now != last:
+                    last, deadline = now, time.monotonic() + self.startup_timeout
                     report.show(health)
                 elif time.monotonic() > deadline:
                     doing = health.phase or health.status
@@ -303,13 +324,9 @@ class VLLMServer:
         await asyncio.to_thread(self.stop)
 
     def _command(self, owners_fd: int) -> list[str]:
-        command = [sys.executable, "-m", "langchain_vllm_server", self.model]
-        for flag, value in self._flags.items():
-            if value is not None:
-                values = [str(value)] if isinstance(value, (str, int)) else value
-                command += [f"--{flag}", *values]
-        command += ["--disable-access-log", "--owners-fd", str(owners_fd)]
-        return [*command, *self._extra_args]
+        if self.engine == "vllm":
+            return vllm_command(self.model, self._flags, self._extra_args, owners_fd, self._vllm)
+        return native_command(self.model, self._flags, self._extra_args, owners_fd)
 
     def _failure(self, what: str) -> VLLMServerError:
         log = self.log_tail() or "(it wrote nothing)"
@@ -368,13 +385,4 @@ def _require_linux() -> None:
         raise VLLMServerError(
             f"A managed server needs Linux, and this is {sys.platform}: start one with `langchain-vllm serve` or "
             "`vllm serve`, and pass base_url=."
-        )
-
-
-def _require_server_packages() -> None:
-    missing = [name for name in _SERVER_PACKAGES if find_spec(name) is None]
-    if missing:
-        raise ImportError(
-            f'A local server needs {", ".join(missing)}: pip install "langchain-vllm[server]". '
-            "To use a server that runs elsewhere, pass base_url= or set VLLM_BASE_URL."
         )

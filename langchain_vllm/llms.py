@@ -92,6 +92,7 @@ class VLLM(TextParameters, ConnectedModel, BaseLLM):
         return {
             "model": self.model,
             "base_url": self.base_url,
+            "engine": self.engine,
             "server_options": self.server_options,
             **self._fields({}),
         }

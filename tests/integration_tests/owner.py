@@ -11,8 +11,11 @@ from tests.integration_tests.fakes import use_fake_server
 
 
 def main(what: str, model: str) -> None:
-    use_fake_server()
-    server = VLLMServer(model, shared=what != "alone")
+    if what == "vllm":
+        server = VLLMServer(model, engine="vllm")
+    else:
+        use_fake_server()
+        server = VLLMServer(model, shared=what != "alone")
     server.start()
     print(server.pid, flush=True)
     if what == "exit":  # without stop()

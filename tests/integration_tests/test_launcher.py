@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from langchain_vllm import ChatVLLM, VLLMServer, _process, _shared, launcher
+from langchain_vllm import ChatVLLM, VLLMServer, _engines, _process, _shared, launcher
 from langchain_vllm.errors import VLLMConnectionError, VLLMServerCrashedError
 from langchain_vllm.launcher import Health, VLLMServerError
 from langchain_vllm_server.owners import LOG_BYTES, trim_log
@@ -226,7 +226,7 @@ class TestFailures:
                 VLLMServer("good", port=taken.getsockname()[1]).start()
 
     def test_packages_missing(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(launcher, "find_spec", lambda name: None if name == "uvicorn" else object())
+        monkeypatch.setattr(_engines, "find_spec", lambda name: None if name == "uvicorn" else object())
         with pytest.raises(ImportError, match=r'needs uvicorn: pip install "langchain-vllm\[server\]"'):
             VLLMServer("good").start()
 

@@ -60,7 +60,7 @@ def test_logs(run: Callable[..., tuple[int, str, str]], owner: Program) -> None:
 
 @pytest.mark.parametrize("model", ["good", "deaf"])
 def test_stop(run: Callable[..., tuple[int, str, str]], model: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("langchain_vllm._running.STOP_GRACE_SECONDS", 0.3)
+    monkeypatch.setattr("langchain_vllm._running.STOP_GRACE_SECONDS", 2.0)
     with Program("alone", model) as owner:
         server = owner.read()
         assert run("stop", server) == (0, f"stopped {model}, pid {server}\n", "")
