@@ -1,6 +1,6 @@
 """The kernels alone, at the default model's shapes: whether they are right, and how near they are to the machine.
 
-    python -m benchmarks.kernels [--check] [--isa avx512vnni] [--threads 2] [--formats Q4_1,INT8] [--seconds 0.3]
+    python -m benchmarks.kernels [--check] [--isa amx] [--threads 2] [--formats Q4_1,INT8] [--seconds 0.3]
 
 Speed is given as GMAC/s, as GB/s of weights (or keys and values) read, and as a share of what the same cores reach in
 registers: integer dot products where weights and activations are bytes, f32 multiply-adds where the multiply is exact.

@@ -1,5 +1,5 @@
-// Dot products of bytes with AVX-512 VNNI. Included by isa_avx512vnni.cpp alone; see vec_scalar.h for the
-// meaning.
+// Dot products of bytes with AVX-512 VNNI. Included by isa_avx512vnni.cpp and isa_amx.cpp alone; see
+// vec_scalar.h for the meaning.
 #pragma once
 
 #include "cpu/vec_avx512.h"

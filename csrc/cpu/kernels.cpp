@@ -7,6 +7,8 @@
 
 #if defined(ENGINE_X86)
 #include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 #endif
 
 namespace engine {
@@ -28,11 +30,12 @@ bool saves(uint64_t mask) {
   return (saved_state() & mask) == mask;
 }
 
-// Bits of CPUID leaf 1 (ECX) and leaf 7 (EBX and ECX); Intel SDM volume 2A, CPUID.
-bool has_features(unsigned leaf1_ecx, unsigned leaf7_ebx, unsigned leaf7_ecx = 0) {
-  unsigned a, b, c, d, b7, c7;
-  if (!__get_cpuid(1, &a, &b, &c, &d) || !__get_cpuid_count(7, 0, &a, &b7, &c7, &d)) return false;
-  return (c & leaf1_ecx) == leaf1_ecx && (b7 & leaf7_ebx) == leaf7_ebx && (c7 & leaf7_ecx) == leaf7_ecx;
+// Bits of CPUID leaf 1 (ECX) and leaf 7 (EBX, ECX and EDX); Intel SDM volume 2A, CPUID.
+bool has_features(unsigned leaf1_ecx, unsigned leaf7_ebx, unsigned leaf7_ecx = 0, unsigned leaf7_edx = 0) {
+  unsigned a, b, c, d, b7, c7, d7;
+  if (!__get_cpuid(1, &a, &b, &c, &d) || !__get_cpuid_count(7, 0, &a, &b7, &c7, &d7)) return false;
+  return (c & leaf1_ecx) == leaf1_ecx && (b7 & leaf7_ebx) == leaf7_ebx && (c7 & leaf7_ecx) == leaf7_ecx &&
+         (d7 & leaf7_edx) == leaf7_edx;
 }
 
 bool runs_avx2() {
@@ -52,6 +55,16 @@ bool runs_avx512vnni() {
   return runs_avx512() && has_features(0, 0, vnni);
 }
 
+// Linux gives the tiles' 8 KiB of state to a process that asks, for all its threads; it may refuse, as when a
+// thread's signal stack has no room for them (Documentation/arch/x86/xstate.rst).
+bool runs_amx() {
+  constexpr unsigned tile = 1u << 24, int8 = 1u << 25;
+  constexpr uint64_t config_and_data = uint64_t{3} << 17;
+  if (!runs_avx512vnni() || !has_features(0, 0, 0, tile | int8) || !saves(config_and_data)) return false;
+  constexpr long request_permission = 0x1023, tile_data = 18;
+  return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+}
+
 #endif
 
 }  // namespace
@@ -59,6 +72,7 @@ bool runs_avx512vnni() {
 std::vector<const Kernels*> supported_kernels() {
   std::vector<const Kernels*> supported;
 #if defined(ENGINE_X86)
+  if (runs_amx()) supported.push_back(&kAmxKernels);
   if (runs_avx512vnni()) supported.push_back(&kAvx512VnniKernels);
   if (runs_avx512()) supported.push_back(&kAvx512Kernels);
   if (runs_avx2()) supported.push_back(&kAvx2Kernels);

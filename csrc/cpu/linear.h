@@ -21,17 +21,17 @@
 
 namespace engine {
 
-inline constexpr int kRowTile = 8;  // rows whose quantised groups lie together
+inline constexpr int kRowTile = 16;  // rows whose quantised groups lie together
 
 // 32 columns of kRowTile rows of activations: x ≈ scale · q with q = -127 … 127, the largest of them ±127.
 struct alignas(64) QuantisedTile {
-  int32_t q[8][kRowTile];  // bytes of four consecutive columns
+  int32_t q[kRowTile][8];  // bytes of four consecutive columns
   float scale[kRowTile];
   float sum[kRowTile];         // scale · Σq, for weights with an offset
   int32_t minus[3][kRowTile];  // -Σq of all columns, of the first 16, of the last 16: for weights with a zero
                                // point
 };
-static_assert(sizeof(QuantisedTile) == 448);
+static_assert(sizeof(QuantisedTile) == 832);
 
 // Where linear() puts quantised activations, (row tiles, cols / 32); it grows to the largest need.
 using QuantisedRows = std::vector<QuantisedTile>;

@@ -36,7 +36,7 @@ inline void quantise_group(const float* x, int r, QuantisedTile& out) {
   alignas(32) int8_t q[32];
   store_i8(q, low);
   store_i8(q + 16, high);
-  for (int i = 0; i < 8; ++i) __builtin_memcpy(&out.q[i][r], q + 4 * i, 4);
+  __builtin_memcpy(out.q[r], q, sizeof q);
   const int sum_low = finite ? static_cast<int>(sum(low)) : 0;  // exact
   const int sum_high = finite ? static_cast<int>(sum(high)) : 0;
   out.minus[0][r] = -(sum_low + sum_high);
@@ -126,7 +126,7 @@ inline void add_products(const InPanel<Block> (&w)[P], const QuantisedTile& x, i
     I32x16 four[P];
     for (int p = 0; p < P; ++p) four[p] = w[p].four(s, i);
     for (int r = 0; r < R; ++r) {
-      const I32x16 q = broadcast_i32(&x.q[s * Format::kFours + i][row + r]);
+      const I32x16 q = broadcast_i32(&x.q[row + r][s * Format::kFours + i]);
       for (int p = 0; p < P; ++p) dots[r][p] = add_dot<Format::kSmallQuants>(dots[r][p], four[p], q);
     }
   }
@@ -161,7 +161,7 @@ void multiply_tile_int8(const Int8Tile& t) {
     bias[p] = t.bias ? load_channels(t.bias + 16 * p, t.channels - 16 * p) : zero();
     for (int r = 0; r < R; ++r) sum[r][p] = kPerChannel<Block> ? zero() : bias[p];
   }
-  const int row = R == kRowTile ? 0 : t.first_row;
+  const int row = t.first_row;
   for (int64_t group = 0; group < t.groups; ++group) {
     InPanel<Block> w[P];
     for (int p = 0; p < P; ++p) w[p] = {t.w + static_cast<size_t>(p) * t.w_stride, group, t.ahead};
@@ -195,7 +195,7 @@ constexpr Int8Function int8_tile() {
 }
 
 template <class Block, int P>
-constexpr Int8Function kInt8TilesOf[kRowTile] = {
+constexpr Int8Function kInt8TilesOf[8] = {
     int8_tile<Block, P, 1>(), int8_tile<Block, P, 2>(), int8_tile<Block, P, 3>(), int8_tile<Block, P, 4>(),
     int8_tile<Block, P, 5>(), int8_tile<Block, P, 6>(), int8_tile<Block, P, 7>(), int8_tile<Block, P, 8>()};
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,11 +19,13 @@ FLAGS = {
     "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf16c -mprefer-vector-width=512",
 }
 FLAGS["avx512vnni"] = FLAGS["avx512"] + " -mavx512vnni"
+FLAGS["amx"] = FLAGS["avx512vnni"] + " -mamx-tile -mamx-int8"
 TABLES = {
     "scalar": "kScalarKernels",
     "avx2": "kAvx2Kernels",
     "avx512": "kAvx512Kernels",
     "avx512vnni": "kAvx512VnniKernels",
+    "amx": "kAmxKernels",
 }
 
 
@@ -34,7 +37,7 @@ def cpu_flags() -> set[str]:
 
 
 def test_best_first_scalar_always() -> None:
-    assert [isa for isa in ("avx512vnni", "avx512", "avx2", "scalar") if isa in ISAS] == ISAS
+    assert [isa for isa in ("amx", "avx512vnni", "avx512", "avx2", "scalar") if isa in ISAS] == ISAS
     assert "scalar" in ISAS
 
 
@@ -44,6 +47,28 @@ def test_detection_agrees_with_the_kernel() -> None:
     avx512 = {"avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl"}
     assert ("avx512" in ISAS) == (avx512 <= flags)
     assert ("avx512vnni" in ISAS) == (avx512 | {"avx512_vnni"} <= flags)
+    # The kernel may refuse the tiles' state, but on a machine without them nobody may claim to have it.
+    assert "amx" not in ISAS or avx512 | {"avx512_vnni", "amx_tile", "amx_int8"} <= flags
+
+
+SMALL_SIGNAL_STACK = """
+import ctypes
+class Stack(ctypes.Structure):
+    _fields_ = [("sp", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t)]
+memory = ctypes.create_string_buffer(8192)
+stack = Stack(ctypes.addressof(memory), 0, 8192)
+assert ctypes.CDLL(None).sigaltstack(ctypes.byref(stack), None) == 0
+from langchain_vllm_server import _kernels_test
+print(*_kernels_test.isas())
+"""
+
+
+@pytest.mark.skipif("amx" not in ISAS, reason="needs a CPU with AMX")
+def test_without_permission_for_tiles_the_next_best_runs() -> None:
+    # Linux refuses them to a process whose signal stacks have no room for them.
+    command = [sys.executable, "-c", SMALL_SIGNAL_STACK]
+    isas = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout.split()
+    assert isas == [isa for isa in ISAS if isa != "amx"]
 
 
 @pytest.mark.parametrize("isa", ISAS)

@@ -113,11 +113,13 @@ def test_a_row_does_not_depend_on_the_others(isa: str, name: str, threads: int) 
 
 @pytest.mark.skipif(len(FUSED) < 2, reason="needs a CPU with AVX-512")
 @every_format
-def test_isas_agree_bit_for_bit(name: str) -> None:
+@pytest.mark.parametrize(("n", "cols"), [(37, 768), (30, 2304), (33, 4352)])
+def test_isas_agree_bit_for_bit(name: str, n: int, cols: int) -> None:
     rng = np.random.default_rng(3)
-    data = random_rows(rng, name, 47, 768)
-    x = activations(rng, 37, 768)
-    first, *others = (pack(isa, name, data).multiply(x) for isa in FUSED)
+    data = random_rows(rng, name, 47, cols)
+    x = activations(rng, n, cols)
+    bias = rng.normal(size=47).astype(np.float32)
+    first, *others = (pack(isa, name, data, bias=bias).multiply(x) for isa in FUSED)
     for other in others:
         assert np.array_equal(first, other)
 

@@ -1,0 +1,13 @@
+#include "cpu/dot_avx512vnni.h"
+
+#include "cpu/attention.inl"
+#include "cpu/linear.inl"
+#include "cpu/linear_amx.inl"
+#include "cpu/peak.inl"
+#include "cpu/pointwise.inl"
+
+namespace engine {
+
+const Kernels kAmxKernels = {"amx", &kLinearAmx, &kAttention, &kPointwise, &kPeak};
+
+}  // namespace engine
