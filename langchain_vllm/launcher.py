@@ -12,13 +12,14 @@ import weakref
 from contextlib import closing
 from dataclasses import dataclass
 from secrets import token_hex
-from typing import TYPE_CHECKING, Any, Self, TextIO
+from typing import TYPE_CHECKING, Any, Self
 from urllib.error import HTTPError
 from urllib.request import ProxyHandler, build_opener
 
 from langchain_vllm._engines import check_options, native_command, require_server_packages, vllm_command, vllm_launch
 from langchain_vllm._identity import identity
 from langchain_vllm._process import ServerProcess
+from langchain_vllm._progress import ProgressReport
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -90,7 +91,7 @@ class VLLMServer:
         keep_alive: Seconds that the server stays when nobody needs it any more, as long as this process lives.
         startup_timeout: Seconds that a start may stand still before it fails; with progress it may take any time, and
             a line in the log is progress.
-        show_progress: Report loading on stderr; by default if that is a terminal.
+        show_progress: Report loading; by default on a terminal and in a notebook.
         engine: "native" is this package's, on the CPU; "vllm" is vLLM itself, which must be installed: for GPUs, and
             with `distributed_executor_backend="ray"` for many machines.
         python: With "vllm": the interpreter that has it; by default this one, or else the program `vllm` on the PATH.
@@ -268,18 +269,19 @@ class VLLMServer:
             VLLMServerError: See `start`.
         """
         last, deadline = (Health(""), 0), 0.0
-        with closing(_ProgressReport(self.model, self._show_progress)) as report:
+        with closing(ProgressReport(self.model, self._show_progress)) as report:
             while not (health := self.health()).ready:
                 if not self.is_running:
                     raise self._failure("ended before it was ready")
                 now = health, self._process.log_size() if self._process else 0
                 if now != last:
                     last, deadline = now, time.monotonic() + self.startup_timeout
-                    report.show(health)
+                    report.show(health.phase or "starting", health.progress)
                 elif time.monotonic() > deadline:
                     doing = health.phase or health.status
                     raise self._failure(f"made no progress for {self.startup_timeout:g} s (phase: {doing})")
                 time.sleep(POLL_SECONDS)
+            report.close(ready=True)
         self._ready = True
 
     def health(self) -> Health:
@@ -331,36 +333,6 @@ class VLLMServer:
     def _failure(self, what: str) -> VLLMServerError:
         log = self.log_tail() or "(it wrote nothing)"
         return VLLMServerError(f"The server for {self.model!r} {what}. The end of its log:\n{log}")
-
-
-class _ProgressReport:
-    """Loading progress on stderr: one line redrawn on a terminal, elsewhere a line per phase."""
-
-    def __init__(self, model: str, wanted: bool | None, stream: TextIO | None = None) -> None:
-        self._model = model
-        self._stream = stream or sys.stderr
-        self._terminal = self._stream.isatty()
-        self._wanted = self._terminal if wanted is None else wanted
-        self._phase: str | None = None
-
-    def show(self, health: Health) -> None:
-        if not self._wanted:
-            return
-        doing = health.phase or "starting"
-        if self._terminal:
-            percent = f" {health.progress:4.0%}" if health.progress else ""
-            self._write(f"\r\x1b[K{self._model}: {doing}{percent}")
-        elif doing != self._phase:
-            self._write(f"{self._model}: {doing}\n")
-        self._phase = doing
-
-    def close(self) -> None:
-        if self._terminal and self._phase is not None:
-            self._write("\r\x1b[K")
-
-    def _write(self, text: str) -> None:
-        self._stream.write(text)
-        self._stream.flush()
 
 
 def _renew_locks() -> None:

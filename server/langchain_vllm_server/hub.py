@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import re
 from pathlib import Path
@@ -92,6 +93,10 @@ def _from_hub(
             repo, revision=revision, cache_dir=download_dir, allow_patterns=_PATTERNS, ignore_patterns=["*/*"]
         )
     except Exception as error:  # the hub's errors and those of the network below it have no common type
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            raise CheckpointError(
+                f"{at}: no space is left in {cache}: make some, or keep downloads elsewhere with --download-dir"
+            ) from error
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         looked_for.append(f"{at}{f', file {file},' if file else ''} on the Hugging Face hub ({reason})")
         looked_for.append(f"what was fetched of it before, in {cache}")

@@ -1,8 +1,8 @@
 """A server that keeps the launcher's contract and has no model: real process, real pipes, real HTTP.
 
-The model's name says how it behaves: `good`, `slow` (half a second of loading), `crash` (at start), `crash-loading`,
-`mute` (never greets), `stuck` (loading for ever), `deaf` (does not end when it should), `die` (at a request),
-`drop` (the connection, at a request).
+The model's name says how it behaves: `good`, `slow` (half a second of loading), `steady` (three seconds), `crash` (at
+start), `crash-loading`, `mute` (never greets), `stuck` (loading for ever), `deaf` (does not end when it should), `die`
+(at a request), `drop` (the connection, at a request).
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ async def watch_owners(fd: int, about: dict[str, object]) -> None:
 
 def handler(model: str) -> type[BaseHTTPRequestHandler]:
     begin = time.monotonic()
-    duration = {"slow": 0.5, "crash-loading": 600.0, "stuck": 600.0}.get(model, 0.0)
+    duration = {"slow": 0.5, "steady": 3.0, "crash-loading": 600.0, "stuck": 600.0}.get(model, 0.0)
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"

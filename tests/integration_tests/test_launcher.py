@@ -6,20 +6,25 @@ import asyncio
 import gc
 import io
 import os
+import re
 import signal
 import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from textwrap import dedent
 from typing import TYPE_CHECKING
 
+import nbformat
 import pytest
+from nbclient import NotebookClient
 
-from langchain_vllm import ChatVLLM, VLLMServer, _engines, _process, _shared, launcher
+from langchain_vllm import ChatVLLM, VLLMServer, _engines, _process, _shared
+from langchain_vllm._progress import ProgressReport
 from langchain_vllm.errors import VLLMConnectionError, VLLMServerCrashedError
 from langchain_vllm.launcher import Health, VLLMServerError
 from langchain_vllm_server.owners import LOG_BYTES, trim_log
-from tests.integration_tests.fakes import Program, alive, descriptors, eventually, fake_command
+from tests.integration_tests.fakes import ROOT, Program, alive, descriptors, eventually, fake_command
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -215,7 +220,7 @@ class TestFailures:
         assert not server.is_running
 
     def test_progress_holds_the_timeout_off(self) -> None:
-        with VLLMServer("slow", startup_timeout=0.3) as server:
+        with VLLMServer("steady", startup_timeout=2.0) as server:
             assert server.is_ready
 
     def test_a_port_in_use(self) -> None:
@@ -260,11 +265,26 @@ class TestProgress:
                 return True
 
         terminal = Terminal()
-        report = launcher._ProgressReport("m", None, terminal)
-        report.show(Health("loading", "weights", 0.5))
-        assert terminal.getvalue() == "\r\x1b[Km: weights  50%"
+        report = ProgressReport("m", None, terminal)
+        report.show("weights", 0.5)
+        assert terminal.getvalue() == "\r\x1b[Km: weights  50% " + "█" * 10 + "░" * 10
         report.close()
         assert terminal.getvalue().endswith("\r\x1b[K")
+
+    @pytest.mark.filterwarnings("default::DeprecationWarning", "default::ResourceWarning")  # of the kernel's libraries
+    def test_a_line_redrawn_in_a_notebook(self) -> None:
+        code = """
+            from langchain_vllm import VLLMServer, _progress
+            from tests.integration_tests.fakes import use_fake_server
+            use_fake_server()
+            _progress._NOTEBOOK_DELAY = 0
+            with VLLMServer("slow"):
+                pass
+        """
+        notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(dedent(code))])
+        NotebookClient(notebook, timeout=60, resources={"metadata": {"path": str(ROOT)}}).execute()
+        (output,) = notebook.cells[0].outputs
+        assert re.fullmatch(r"slow: ready in [\d.]+ s", output["data"]["text/plain"])
 
 
 class TestOwner:
