@@ -82,7 +82,7 @@ async def token_ids(service: Service, fields: PoolingFields, given: str | list[i
     if isinstance(given, str):
         prompt = await text_prompt(carrier, model, given, 0, add_special_tokens=True)
     else:
-        prompt = token_prompt(carrier, model, given, 0)
+        prompt = token_prompt(carrier, model, given, 0, param)
     if not prompt.token_ids:
         raise BadRequestError(f"{param} must not be empty: it has no tokens.", param)
     sampling.max_tokens(0, None, 0, len(prompt.token_ids), model.max_model_len)
@@ -135,4 +135,5 @@ def usage(pooled: Sequence[Pooled]) -> dict[str, object]:
         "total_tokens": tokens,
         "completion_tokens": 0,
         "prompt_tokens_details": {"cached_tokens": sum(one.num_cached_tokens for one in pooled)},
+        "completion_tokens_details": None,
     }

@@ -65,9 +65,11 @@ async def text_prompt(
     return Prompt(kept, text, None if offsets is None else truncate(offsets, request, keep))
 
 
-def token_prompt(request: GenerationRequest, model: ServedModel, ids: list[int], limit: int | None) -> Prompt:
-    """The prompt of token ids. Raises BadRequestError for an id that is no token."""
-    model.check_tokens(ids, "prompt")
+def token_prompt(
+    request: GenerationRequest, model: ServedModel, ids: list[int], limit: int | None, param: str = "prompt"
+) -> Prompt:
+    """The prompt of token ids. Raises BadRequestError, which names `param`, for an id that is no token."""
+    model.check_tokens(ids, param)
     kept = truncate(ids, request, num_kept(request, model, limit))
     shown = request.echo or request.return_prompt_text
     return Prompt(kept, model.tokenizer.decode(kept, skip_special_tokens=False) if shown else "")

@@ -42,6 +42,7 @@ async def test_the_answer_has_vllms_shape(server: Server) -> None:
             "total_tokens": 4,
             "completion_tokens": 0,
             "prompt_tokens_details": {"cached_tokens": 32},
+            "completion_tokens_details": None,
         },
     }
     params = server.fake.submitted[0].params
@@ -110,7 +111,7 @@ async def test_the_server_says_what_vectors_are_made_of() -> None:
         ({"input": ["a", 1]}, "input", "list of texts"),
         ({"input": [[]]}, "input", "must not be empty"),
         ({"input": [["a"]]}, "input[0][0]", "validation error"),
-        ({"input": [10**6]}, "prompt", "out of vocabulary"),
+        ({"input": [10**6]}, "input", "out of vocabulary"),
         ({"input": "a" * 300}, "input_tokens", "maximum context length is 256"),
         ({"input": "a" * 30_000}, "input_text", "maximum context length is 256"),
         ({"input": "a", "dimensions": 9}, "dimensions", "between 1 and 8, got 9"),
