@@ -1,7 +1,7 @@
 """A server that keeps the launcher's contract and has no model: real process, real pipes, real HTTP.
 
 The model's name says how it behaves: `good`, `slow` (half a second of loading), `steady` (three seconds), `crash` (at
-start), `crash-loading`, `mute` (never greets), `stuck` (loading for ever), `deaf` (does not end when it should), `die`
+start), `crash-loading`, `mute` (never greets), `stuck` (loading for ever), `deaf` (does not end when told to), `die`
 (at a request), `drop` (the connection, at a request).
 """
 
@@ -45,13 +45,8 @@ def main() -> None:
 
 
 async def watch_owners(fd: int, about: dict[str, object]) -> None:
-    def end() -> None:
-        if about["model"] != "deaf":
-            os._exit(0)
-
-    owners = Owners(fd, about, stop=end, abandon=end)
+    owners = Owners(fd, about, stop=lambda: os._exit(0), abandon=lambda: os._exit(0))
     if about["model"] == "deaf":
-        owners.end = lambda: None  # type: ignore[method-assign]
         owners._take_leave = lambda owner, seconds: None  # type: ignore[method-assign]
     await asyncio.Event().wait()
 
