@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 _HEEDED = re.compile(
-    r"(VLLM|LANGCHAIN_VLLM|HF|HUGGINGFACE|TRANSFORMERS|TORCH|CUDA|OMP|NCCL|RAY)_.*"
+    r"(?!VLLM_BASE_URL|VLLM_API_BASE)(VLLM|LANGCHAIN_VLLM|HF|HUGGINGFACE|TRANSFORMERS|TORCH|CUDA|OMP|NCCL|RAY)_.*"
     r"|PYTHONPATH|PYTHONHOME|LD_LIBRARY_PATH|LD_PRELOAD"
 )
 """The environment variables that servers heed."""

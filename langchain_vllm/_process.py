@@ -293,10 +293,11 @@ def _take_leave(connection: socket.socket, keep_alive: float) -> bool | None:
 def _sweep() -> None:
     """Close connections that were kept for a server that has ended by now."""
     for connection in tuple(_idle):
-        with suppress(BlockingIOError):
-            if not connection.recv(256, socket.MSG_DONTWAIT):
-                _idle.discard(connection)
-                connection.close()
+        with suppress(OSError):  # nothing to read, or another thread has just closed it
+            while connection.recv(256, socket.MSG_DONTWAIT):  # what it has said in the end
+                pass
+            _idle.discard(connection)
+            connection.close()
 
 
 def _make_log() -> int:

@@ -8,12 +8,13 @@ import signal
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 import pytest
 
-from langchain_vllm import VLLMServer
+from langchain_vllm import VLLMServer, _process
 from langchain_vllm._identity import identity
 from langchain_vllm._process import ServerProcess, socket_name
 from tests.integration_tests.fakes import (
@@ -130,6 +131,18 @@ def test_fifty_starts_and_stops() -> None:
         with VLLMServer("good") as server:
             pids.add(server.pid)
     assert len(pids) == 50
+
+
+def test_many_threads_come_and_go() -> None:
+    def come_and_go(i: int) -> None:
+        for _ in range(5):
+            with VLLMServer("good", keep_alive=0.02 * (i % 3)) as server:
+                assert server.is_ready
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(come_and_go, range(4)))
+    assert eventually(lambda: not servers())
+    _process._sweep()
 
 
 def test_many_join_a_start_that_fails() -> None:
