@@ -117,8 +117,8 @@ class ConnectedModel(Connected, BaseModel):
     """Retries of a request that failed before its answer began; the SDK's default is 2."""
     default_headers: dict[str, str] | None = None
     default_query: dict[str, object] | None = None
-    engine: Literal["native", "vllm"] | None = None
-    """The managed server's, see `VLLMServer`; "native" by default."""
+    engine: Literal["bundled", "vllm"] | None = None
+    """The managed server's, see `VLLMServer`; "bundled" by default."""
     server_options: dict[str, Any] = Field(default_factory=dict)
     """Arguments for the managed server, see `VLLMServer`; only without `base_url`."""
     extra_body: dict[str, Any] = Field(default_factory=dict)

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-Engine = Literal["native", "vllm"]
+Engine = Literal["bundled", "vllm"]
 
 _SERVER_PACKAGES = ("starlette", "uvicorn", "tokenizers", "jinja2", "msgspec", "orjson", "regex", "llguidance")
-_NATIVE_ONLY = {
+_BUNDLED_ONLY = {
     "threads": 'env={"VLLM_CPU_OMP_THREADS_BIND": …}, on a CPU',
     "memory": 'gpu_memory_utilization=…, or env={"VLLM_CPU_KVCACHE_SPACE": …} on a CPU',
 }
@@ -30,21 +30,21 @@ def check_options(engine: str, flags: Mapping[str, Any], options: Mapping[str, A
         TypeError: An option is not known.
         ValueError: It is known, and not of this engine.
     """
-    if engine not in ("native", "vllm"):
-        raise ValueError(f'engine={engine!r} must be "native" or "vllm".')
-    if engine == "native" and options:
+    if engine not in ("bundled", "vllm"):
+        raise ValueError(f'engine={engine!r} must be "bundled" or "vllm".')
+    if engine == "bundled" and options:
         raise TypeError(
-            f"VLLMServer has no {', '.join(sorted(options))}: the native engine takes further flags with extra_args=, "
+            f"VLLMServer has no {', '.join(sorted(options))}: the bundled engine takes further flags with extra_args=, "
             'and engine="vllm" takes any as keyword arguments.'
         )
-    if engine == "native" and python is not None:
-        raise ValueError('python= is for engine="vllm": the native engine runs in this interpreter.')
-    for name in _NATIVE_ONLY.keys() & flags.keys():
+    if engine == "bundled" and python is not None:
+        raise ValueError('python= is for engine="vllm": the bundled engine runs in this interpreter.')
+    for name in _BUNDLED_ONLY.keys() & flags.keys():
         if engine == "vllm" and flags[name] is not None:
-            raise ValueError(f'{name}= is of the native engine; with engine="vllm" pass {_NATIVE_ONLY[name]}.')
+            raise ValueError(f'{name}= is of the bundled engine; with engine="vllm" pass {_BUNDLED_ONLY[name]}.')
 
 
-def native_command(model: str, flags: Mapping[str, Any], extra_args: Sequence[str], owners_fd: int) -> list[str]:
+def bundled_command(model: str, flags: Mapping[str, Any], extra_args: Sequence[str], owners_fd: int) -> list[str]:
     """The command line of our own server."""
     # Whoever stops a server of their own is not waiting for its answers: three seconds are enough.
     own = ["--shutdown-timeout", "3", "--disable-access-log", "--owners-fd", str(owners_fd)]

@@ -26,7 +26,7 @@ class RunningServer:
 
     Attributes:
         model: Its model, as it was asked for.
-        engine: "native" or "vllm".
+        engine: "bundled" or "vllm".
         url: Its address.
         pid: Its process.
         owners: The processes that need it.

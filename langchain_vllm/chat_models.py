@@ -131,8 +131,8 @@ class ChatVLLM(Connected, ChatParameters, BaseChatOpenAI):
     """Send the reasoning of earlier answers back with the conversation, for models whose template wants it."""
     reasoning_tags: tuple[str, str] | None = ("<think>", "</think>")
     """What encloses reasoning in the text of a server without a reasoning parser; None leaves it in the text."""
-    engine: Literal["native", "vllm"] | None = None
-    """The managed server's, see `VLLMServer`; "native" by default."""
+    engine: Literal["bundled", "vllm"] | None = None
+    """The managed server's, see `VLLMServer`; "bundled" by default."""
     server_options: dict[str, Any] = Field(default_factory=dict)
     """Arguments for the managed server, see `VLLMServer`; only without `base_url`."""
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Self
 from urllib.error import HTTPError
 from urllib.request import ProxyHandler, build_opener
 
-from langchain_vllm._engines import check_options, native_command, require_server_packages, vllm_command, vllm_launch
+from langchain_vllm._engines import bundled_command, check_options, require_server_packages, vllm_command, vllm_launch
 from langchain_vllm._identity import identity
 from langchain_vllm._process import ServerProcess
 from langchain_vllm._progress import ProgressReport
@@ -92,7 +92,7 @@ class VLLMServer:
         startup_timeout: Seconds that a start may stand still before it fails; with progress it may take any time, and
             a line in the log is progress.
         show_progress: Report loading; by default on a terminal and in a notebook.
-        engine: "native" is this package's, on the CPU; "vllm" is vLLM itself, which must be installed: for GPUs, and
+        engine: "bundled" is this package's, on the CPU; "vllm" is vLLM itself, which must be installed: for GPUs, and
             with `distributed_executor_backend="ray"` for many machines.
         python: With "vllm": the interpreter that has it; by default this one, or else the program `vllm` on the PATH.
         options: With "vllm": any further flags of `vllm serve`, such as `tensor_parallel_size=2`,
@@ -124,7 +124,7 @@ class VLLMServer:
         keep_alive: float = 0.0,
         startup_timeout: float = 120.0,
         show_progress: bool | None = None,
-        engine: Engine = "native",
+        engine: Engine = "bundled",
         python: str | os.PathLike[str] | None = None,
         **options: Any,
     ) -> None:
@@ -328,7 +328,7 @@ class VLLMServer:
     def _command(self, owners_fd: int) -> list[str]:
         if self.engine == "vllm":
             return vllm_command(self.model, self._flags, self._extra_args, owners_fd, self._vllm)
-        return native_command(self.model, self._flags, self._extra_args, owners_fd)
+        return bundled_command(self.model, self._flags, self._extra_args, owners_fd)
 
     def _failure(self, what: str) -> VLLMServerError:
         log = self.log_tail() or "(it wrote nothing)"

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import Literal, TypeVar
 
 import msgspec
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 C = TypeVar("C", bound=msgspec.Struct)
 
@@ -52,13 +49,9 @@ class PoolerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         return (self.seq_pooling_type or self.pooling_type or "MEAN").lower()
 
 
-def config(of: type[C]) -> Callable[[str], C]:
-    """The type of a flag whose value is one of these as JSON."""
-
-    def parse(text: str) -> C:
-        try:
-            return msgspec.json.decode(text, type=of)
-        except msgspec.MsgspecError as error:
-            raise argparse.ArgumentTypeError(f"{error}; it takes {', '.join(of.__struct_fields__)}") from None
-
-    return parse
+def decode(of: type[C], text: str) -> C:
+    """One of these from JSON. Raises argparse.ArgumentTypeError."""
+    try:
+        return msgspec.json.decode(text, type=of)
+    except msgspec.MsgspecError as error:
+        raise argparse.ArgumentTypeError(f"{error}; it takes {', '.join(of.__struct_fields__)}") from None

@@ -95,6 +95,17 @@ def json_object(text: str) -> dict[str, Any]:
     return value
 
 
+def config(name: str) -> Callable[[str], Any]:
+    """An object as JSON, of the type of that name in flag_configs.py, which only those who use it have to import."""
+
+    def parse(text: str) -> Any:
+        from langchain_vllm_server import flag_configs
+
+        return flag_configs.decode(getattr(flag_configs, name), text)
+
+    return parse
+
+
 def json_strings(text: str) -> tuple[str, ...]:
     """A list of strings as JSON, or one string as it is."""
     if not text.lstrip().startswith("["):

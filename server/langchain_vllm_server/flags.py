@@ -10,8 +10,8 @@ import argparse
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from langchain_vllm_server.flag_configs import PoolerConfig, ReasoningConfig, StructuredOutputsConfig, config
 from langchain_vllm_server.flag_values import (
+    config,
     integer,
     json_object,
     json_strings,
@@ -135,9 +135,9 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
         Flag("--enable-tokenizer-info-endpoint", "tell the chat template at /tokenizer_info"),
         Flag("--tool-call-parser", "how the model spells tool calls; default: by its chat template", metavar="NAME"),
         Flag("--reasoning-parser", "how the model marks reasoning; default: by its chat template", metavar="NAME"),
-        Flag("--reasoning-config", "texts that begin and end reasoning", config(ReasoningConfig), "JSON"),
-        Flag("--structured-outputs-config", "how JSON is spelled", config(StructuredOutputsConfig), "JSON"),
-        Flag("--pooler-config", "what vectors are made of", config(PoolerConfig), "JSON"),
+        Flag("--reasoning-config", "texts that begin and end reasoning", config("ReasoningConfig"), "JSON"),
+        Flag("--structured-outputs-config", "how JSON is spelled", config("StructuredOutputsConfig"), "JSON"),
+        Flag("--pooler-config", "what vectors are made of", config("PoolerConfig"), "JSON"),
         Flag("--exclude-tools-when-tool-choice-none", "hide tools that must not be called"),
         Flag("--reasoning-content", "tell reasoning as `reasoning_content`, too, its older name"),
         Flag(

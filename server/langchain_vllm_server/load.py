@@ -25,7 +25,6 @@ from langchain_vllm_server.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from langchain_vllm_server.checkpoint import Checkpoint
-    from langchain_vllm_server.flag_configs import StructuredOutputsConfig
     from langchain_vllm_server.gate import Progress
     from langchain_vllm_server.settings import Settings
 
@@ -115,8 +114,8 @@ def served_model(settings: Settings, checkpoint: Checkpoint, max_model_len: int)
         chat_template=None if source is None else _template(source, tokenizer),
         content_format=_content_format(settings, source),
         chat_template_kwargs=_template_kwargs(settings),
-        spelling=_spelling(settings.structured_outputs_config),
-        pooling=settings.pooler_config.pooling,
+        spelling=_spelling(settings),
+        pooling=settings.pooler_config.pooling if settings.pooler_config else "mean",
         sampling_defaults=sampling_defaults(settings, checkpoint.generation_config),
         max_logprobs=settings.max_logprobs,
         return_tokens_as_token_ids=settings.return_tokens_as_token_ids,
@@ -151,7 +150,9 @@ def _template_kwargs(settings: Settings) -> dict[str, Any]:
     return kwargs
 
 
-def _spelling(config: StructuredOutputsConfig) -> Spelling:
+def _spelling(settings: Settings) -> Spelling:
+    if (config := settings.structured_outputs_config) is None:
+        return Spelling()
     return Spelling(config.disable_any_whitespace, config.disable_additional_properties)
 
 
@@ -159,7 +160,8 @@ def _reasoning_format(settings: Settings, template: str | None) -> ReasoningForm
     """Raises ValueError for a parser that there is not."""
     if (marks := settings.reasoning_config) is not None:
         return ReasoningFormat(("custom",), (), opens=(marks.reasoning_start_str,), closes=(marks.reasoning_end_str,))
-    name = settings.reasoning_parser or settings.structured_outputs_config.reasoning_parser or None
+    config = settings.structured_outputs_config
+    name = settings.reasoning_parser or (config.reasoning_parser or None if config else None)
     return cast("ReasoningFormat | None", _named(reasoning, name, template, "--reasoning-parser"))
 
 

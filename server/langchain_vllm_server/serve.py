@@ -122,7 +122,7 @@ class ServerProcess:
             watch_parent(loop, self._settings.parent_fd, self.abandon)
         if self._settings.owners_fd is not None:
             about = {**address(self._listener, self._settings), "pid": os.getpid(), "model": self._settings.model}
-            about |= {"engine": "native", "started": time.time()}
+            about |= {"engine": "bundled", "started": time.time()}
             self._owners = Owners(self._settings.owners_fd, about, stop=self.stop, abandon=self.abandon)
         where = " ".join(address(self._listener, self._settings).values())
         logger.info("listening on %s, loading %s", where, self._settings.model)

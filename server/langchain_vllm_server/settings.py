@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 from langchain_vllm_server import flags_of_gpus
 from langchain_vllm_server.command_line import plain
-from langchain_vllm_server.flag_configs import PoolerConfig, ReasoningConfig, StructuredOutputsConfig
 from langchain_vllm_server.flags import FLAGS
 from langchain_vllm_server.hub import DEFAULT_MODEL
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from langchain_vllm_server.flag_configs import PoolerConfig, ReasoningConfig, StructuredOutputsConfig
+
 PROG = "langchain-vllm serve"
-_AS_USUAL, _MEAN = StructuredOutputsConfig(), PoolerConfig()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,8 +46,8 @@ class Settings:
     tool_call_parser: str | None = None  # None: by the chat template
     reasoning_parser: str | None = None
     reasoning_config: ReasoningConfig | None = None
-    structured_outputs_config: StructuredOutputsConfig = _AS_USUAL
-    pooler_config: PoolerConfig = _MEAN
+    structured_outputs_config: StructuredOutputsConfig | None = None
+    pooler_config: PoolerConfig | None = None
     exclude_tools_when_tool_choice_none: bool = False
     reasoning_content: bool = False
     enable_tokenizer_info_endpoint: bool = False
@@ -155,8 +155,8 @@ def _check(parser: argparse.ArgumentParser, settings: Settings) -> None:
         parser.error("--ssl-cert-reqs needs --ssl-ca-certs to check clients' certificates with")
     if (settings.fingerprint_mode == "custom") != (settings.fingerprint_value is not None):
         parser.error("--fingerprint-mode custom and --fingerprint-value need each other")
-    if settings.reasoning_config and (settings.reasoning_parser or settings.structured_outputs_config.reasoning_parser):
-        parser.error("--reasoning-config and a reasoning parser both say how reasoning is marked: give one of them")
+    if settings.reasoning_config and settings.reasoning_parser:
+        parser.error("--reasoning-config and --reasoning-parser both say how reasoning is marked: give one of them")
     if settings.enable_log_outputs and not settings.enable_log_requests:
         parser.error("--enable-log-outputs needs --enable-log-requests")
 

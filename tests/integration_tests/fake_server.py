@@ -37,7 +37,7 @@ def main() -> None:
         time.sleep(600)
     server = ThreadingHTTPServer((args.host, args.port), handler(args.model))
     about = {"url": f"http://{args.host}:{server.server_port}", "pid": os.getpid()}
-    about |= {"model": args.model, "engine": "native", "started": time.time()}
+    about |= {"model": args.model, "engine": "bundled", "started": time.time()}
     threading.Thread(target=asyncio.run, args=(watch_owners(args.owners_fd, about),), daemon=True).start()
     if args.model == "crash-loading":
         threading.Timer(0.2, lambda: print("out of memory", flush=True) or os._exit(3)).start()

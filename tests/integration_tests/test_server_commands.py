@@ -38,7 +38,7 @@ def test_ps(run: Callable[..., tuple[int, str, str]], owner: Program) -> None:
     assert line[0] == "good"
     assert line[2].startswith("http://127.0.0.1:")
     assert int(line[5]) > 5  # MiB
-    assert line[-2:] == ["native", str(owner.popen.pid)]
+    assert line[-2:] == ["bundled", str(owner.popen.pid)]
     assert alive(int(server))
 
 

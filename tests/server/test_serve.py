@@ -215,7 +215,7 @@ def test_the_real_engine_on_the_default_model() -> None:
         assert "Paris" in answer["choices"][0]["message"]["content"]
         stream = post("/v1/chat/completions", json={**ask, "max_tokens": 24, "stream": True}).text
         chunks = [json.loads(event.removeprefix("data: ")) for event in stream.split("\n\n")[:-2]]
-        text = "".join(chunk["choices"][0]["delta"]["content"] for chunk in chunks)
+        text = "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks)
         assert text == answer["choices"][0]["message"]["content"]
         again = post("/v1/chat/completions", json={**ask, "n": 2, "temperature": 1, "seed": 1, "max_tokens": 8}).json()
         assert again["usage"]["prompt_tokens_details"]["cached_tokens"] >= 16
