@@ -7,8 +7,9 @@ NATIVE := pyproject.toml $(shell find csrc -type f)
 BUILD  := --no-build-isolation --config-settings=build-dir=build/native
 
 comma  := ,
+CPP     = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo test test-lowest lint format sanitize notebook bench clean
+.PHONY: help demo test test-lowest lint format sanitize cuda-check test-cuda notebook bench clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -30,12 +31,12 @@ lint: $(VENV)/.lint  ## ruff, mypy --strict, clang-format
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
-	$(VENV)/bin/clang-format --dry-run --Werror $$(find csrc -name '*.h' -o -name '*.cpp' -o -name '*.inl')
+	$(VENV)/bin/clang-format --dry-run --Werror $(CPP)
 
 format: $(VENV)/.lint  ## put the sources in shape
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
-	$(VENV)/bin/clang-format -i $$(find csrc -name '*.h' -o -name '*.cpp' -o -name '*.inl')
+	$(VENV)/bin/clang-format -i $(CPP)
 
 notebook: $(VENV)/.tests $(VENV)/.model  ## execute the notebook and keep its outputs
 	$(PYTHON) -c 'import nbclient, nbformat, sys; \
@@ -95,3 +96,15 @@ sanitize: $(VENV)/.tests  ## ASan, UBSan and TSan runs of the engine
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
 	PYTHONPATH=build/asan/site:$(SITE):. $(PYTHON) -S -m pytest tests/engine tests/parity/test_tiny_gguf.py \
 		--deselect tests/engine/test_engine.py::test_memory_is_flat  # ASan keeps what is freed in quarantine
+
+# Where nvcc is: what can be proved without a GPU (csrc/cuda/README.md).
+cuda-check: $(VENV)/.tests  ## nvcc for every architecture, and the emulated tests of the CUDA device
+	$(PYTHON) csrc/cuda/compile_check.py
+	$(PYTHON) -m pytest tests/kernels tests/parity/test_tiny_models.py -k cuda
+
+test-cuda: $(VENV)/.tests  ## the same tests on a GPU
+	$(VENV)/bin/cmake -G Ninja -S csrc -B build/cuda -DENGINE_TESTS=ON -DENGINE_CUDA=ON \
+		-DPython_EXECUTABLE=$(abspath $(PYTHON)) >/dev/null && $(VENV)/bin/ninja -C build/cuda
+	mkdir -p build/cuda/site/langchain_vllm_server
+	ln -sf $(abspath server)/langchain_vllm_server/* $(abspath build/cuda)/_*.so build/cuda/site/langchain_vllm_server/
+	PYTHONPATH=build/cuda/site:$(SITE):. $(PYTHON) -S -m pytest tests/kernels tests/parity/test_tiny_models.py -k cuda

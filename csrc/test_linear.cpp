@@ -16,6 +16,7 @@
 #include "base/quant.h"
 #include "cpu/linear.h"
 #include "cpu/peak.h"
+#include "test_device.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -33,13 +34,6 @@ Format format_named(const std::string& name) {
     if (name == format_name(static_cast<Format>(i))) return static_cast<Format>(i);
   }
   throw InputError("no format is called " + name);
-}
-
-const Kernels& kernels_named(const std::string& isa) {
-  for (const Kernels* kernels : supported_kernels()) {
-    if (isa == kernels->name) return *kernels;
-  }
-  throw InputError("cannot run here: " + isa);
 }
 
 template <class T>
@@ -66,12 +60,12 @@ auto quantize(const std::string& name, Vector values) {
   return array(std::move(out), {bytes});
 }
 
-// A packed weight with the kernels and threads that multiply it.
+// A packed weight with the device that multiplies it.
 class Linear {
  public:
   Linear(const std::string& isa, int threads, const std::vector<Source>& sources,
          const std::vector<float>& bias, bool exact, const std::string& target)
-      : kernels_(kernels_named(isa)), pool_(threads) {
+      : device_(make_test_device(isa, threads, exact ? Arithmetic::EXACT : Arithmetic::INT8)) {
     std::vector<Tensor> tensors;
     for (const auto& [format, rows, cols, data] : sources) {
       tensors.push_back(
@@ -80,7 +74,7 @@ class Linear {
       check(data.size() == static_cast<size_t>(rows) * row_bytes(tensors.back().format, cols),
             "wrong data size");
     }
-    weight_ = pack_weight(pool_, arena_, tensors, bias, exact ? Arithmetic::EXACT : Arithmetic::INT8);
+    weight_ = device_->pack(tensors, bias);
   }
 
   size_t bytes() const { return weight_->bytes(); }
@@ -91,7 +85,9 @@ class Linear {
     check(x.shape(1) == static_cast<size_t>(weight_->cols), "x has other columns than the weight");
     constexpr float guard = 12345.0f;
     std::vector<float> y(n * rows + kLanes, guard);
-    linear(kernels_, pool_, *weight_, x.data(), y.data(), static_cast<int>(n), scratch_);
+    const auto in = device_->upload({x.data(), x.size()}), result = device_->upload(y);
+    device_->linear(*weight_, in->data, result->data, static_cast<int>(n));
+    device_->copy_to_host(y.data(), result->data, y.size());
     for (size_t i = n * rows; i < y.size(); ++i) check(y[i] == guard, "linear wrote behind y");
     return array(std::move(y), {n, rows});
   }
@@ -99,16 +95,15 @@ class Linear {
   auto embed_tokens(const std::vector<int32_t>& tokens) {
     const auto cols = static_cast<size_t>(weight_->cols);
     std::vector<float> out(tokens.size() * cols);
-    embed(kernels_, *weight_, tokens, out.data());
+    const auto rows = device_->alloc(out.size());
+    device_->embed(*weight_, tokens, rows->data);
+    device_->copy_to_host(out.data(), rows->data, out.size());
     return array(std::move(out), {tokens.size(), cols});
   }
 
  private:
-  const Kernels& kernels_;
-  ThreadPool pool_;
-  Arena arena_;
+  std::unique_ptr<Device> device_;
   std::unique_ptr<Weight> weight_;
-  QuantisedRows scratch_;
 };
 
 using Clock = std::chrono::steady_clock;

@@ -44,9 +44,10 @@ Batch batch_of(const std::vector<Run>& runs) {
 class Model {
  public:
   Model(const ModelConfig& config, const TensorIndex& tensors, const std::string& weight_format,
-        const std::string& kv_format, int num_threads, int num_blocks, int max_tokens, bool exact)
+        const std::string& kv_format, int num_threads, int num_blocks, int max_tokens, bool exact,
+        const std::string& device)
       : config_(config),
-        device_(make_device("cpu", num_threads, exact ? Arithmetic::EXACT : Arithmetic::INT8)) {
+        device_(make_device(device, num_threads, exact ? Arithmetic::EXACT : Arithmetic::INT8)) {
     Loading loading;
     transformer_ =
         std::make_unique<Transformer>(config, load_weights(config, tensors, weight_format, *device_, loading),
@@ -87,9 +88,9 @@ NB_MODULE(_model_test, m) {
       nb::arg("tokens"), nb::arg("num_computed"), nb::arg("blocks"));
   nb::class_<Model>(m, "Model")
       .def(nb::init<const ModelConfig&, const TensorIndex&, const std::string&, const std::string&, int, int,
-                    int, bool>(),
+                    int, bool, const std::string&>(),
            nb::arg("config"), nb::arg("tensors"), nb::arg("weight_format") = "", nb::arg("kv_format") = "F32",
            nb::arg("num_threads") = 2, nb::arg("num_blocks") = 64, nb::arg("max_tokens") = 512,
-           nb::arg("exact") = true)
+           nb::arg("exact") = true, nb::arg("device") = "cpu")
       .def("forward", &Model::forward, nb::arg("runs"));
 }

@@ -1,11 +1,12 @@
-// Thread pool, pointwise kernels, attention and sampler, for the tests: a CpuDevice on numpy arrays. Results
-// are written into arrays that the caller made.
+// Thread pool, pointwise kernels, attention and sampler, for the tests: a Device on numpy arrays. Results are
+// written into arrays that the caller made.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
+#include <nanobind/stl/unique_ptr.h>
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
@@ -17,6 +18,7 @@
 #include "base/random.h"
 #include "cpu/cpu_device.h"
 #include "cpu/pointwise.h"
+#include "test_device.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -28,12 +30,6 @@ using Vector = nb::ndarray<float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Matrix = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using BatchRows =
     std::vector<std::tuple<int32_t, int32_t, std::vector<int32_t>>>;  // num_tokens, num_computed, blocks
-
-const Kernels& kernels_named(const std::string& isa) {
-  for (const Kernels* kernels : supported_kernels())
-    if (isa == kernels->name) return *kernels;
-  throw InputError("cannot run here: " + isa);
-}
 
 int rows(const Matrix& m) {
   return static_cast<int>(m.shape(0));
@@ -123,61 +119,102 @@ class AttentionFixture {
   AttentionFixture(const std::string& isa, int num_threads, nb::dict config, const std::string& format,
                    int num_blocks)
       : config_(make_config(std::move(config))),
-        device_(kernels_named(isa), num_threads, Arithmetic::EXACT),
-        cache_(device_.kv_alloc(config_, format_named(format), num_blocks)) {}
+        device_(make_test_device(isa, num_threads, Arithmetic::EXACT)),
+        cache_(device_->kv_alloc(config_, format_named(format), num_blocks)) {}
 
-  // Every byte of a block, in all layers.
-  void fill_block(int32_t block, uint8_t value) {
-    auto& cache = static_cast<CpuKvCache&>(*cache_);
-    std::memset(cache.head(0, block, 0), value, cache.block_stride());
-  }
-  size_t cache_bytes() const { return static_cast<CpuKvCache&>(*cache_).bytes(); }
-  size_t kv_bytes_per_block() const { return device_.kv_bytes_per_block(config_, cache_->format); }
+  void fill_block(int32_t block, uint8_t value) { engine::fill_block(*cache_, block, value); }
+  size_t cache_bytes() const { return engine::cache_bytes(*cache_); }
+  size_t kv_bytes_per_block() const { return device_->kv_bytes_per_block(config_, cache_->format); }
 
   void rope_store_kv(const BatchRows& sequences, int layer, Matrix qkv) {
     const Batch batch = make_batch(sequences);
     check(rows(qkv) == batch.num_tokens() && cols(qkv) == config_.qkv_size(), "qkv (num_tokens, qkv_size)");
     nb::gil_scoped_release release;
-    device_.rope_store_kv(config_, layer, batch, qkv.data(), *cache_);
+    OnDevice rows(*device_, qkv);
+    device_->rope_store_kv(config_, layer, batch, rows.data(), *cache_);
+    rows.fetch();
   }
   void attention(const BatchRows& sequences, int layer, Matrix qkv, Matrix out, int repeat) {
     const Batch batch = make_batch(sequences);
     check(rows(qkv) == batch.num_tokens() && cols(qkv) == config_.qkv_size(), "qkv (num_tokens, qkv_size)");
     check(rows(out) == batch.num_tokens() && cols(out) == config_.q_size(), "out (num_tokens, q_size)");
     nb::gil_scoped_release release;
+    OnDevice in(*device_, qkv), attended(*device_, out);
     for (int i = 0; i < repeat; ++i)
-      device_.attention(config_, layer, batch, qkv.data(), *cache_, out.data());
+      device_->attention(config_, layer, batch, in.data(), *cache_, attended.data());
+    attended.fetch();
   }
 
  private:
   ModelConfig config_;
-  CpuDevice device_;
+  std::unique_ptr<Device> device_;
   std::unique_ptr<KvCache> cache_;
 };
 
-void norm(CpuDevice& device, const std::string& kind, float eps, Vector weight, std::optional<Vector> bias,
+Norm norm_named(const std::string& kind) {
+  return kind == "rms" ? Norm::RMS : Norm::LAYER;
+}
+
+// A vector that may be missing, in the device's memory.
+class OptionalOnDevice {
+ public:
+  OptionalOnDevice(Device& device, std::optional<Vector>& vector) {
+    if (vector) vector_.emplace(device, *vector);
+  }
+  const float* data() { return vector_ ? vector_->data() : nullptr; }
+
+ private:
+  std::optional<OnDevice> vector_;
+};
+
+void norm(Device& device, const std::string& kind, float eps, Vector weight, std::optional<Vector> bias,
           Matrix x, Matrix out) {
-  device.norm(kind == "rms" ? Norm::RMS : Norm::LAYER, eps, weight.data(), bias ? bias->data() : nullptr,
-              x.data(), out.data(), rows(x), cols(x));
+  OnDevice factor(device, weight), in(device, x), normed(device, out);
+  OptionalOnDevice shift(device, bias);
+  device.norm(norm_named(kind), eps, factor.data(), shift.data(), in.data(), normed.data(), rows(x), cols(x));
+  normed.fetch();
 }
 
-void add_norm(CpuDevice& device, const std::string& kind, float eps, Vector weight,
-              std::optional<Vector> bias, Matrix x, Matrix delta, Matrix out, bool composed) {
-  const Norm norm = kind == "rms" ? Norm::RMS : Norm::LAYER;
-  const float* shift = bias ? bias->data() : nullptr;
+void add_norm(Device& device, const std::string& kind, float eps, Vector weight, std::optional<Vector> bias,
+              Matrix x, Matrix delta, Matrix out, bool composed) {
+  OnDevice factor(device, weight), sum(device, x), more(device, delta), normed(device, out);
+  OptionalOnDevice shift(device, bias);
   if (composed)
-    device.Device::add_norm(norm, eps, weight.data(), shift, x.data(), delta.data(), out.data(), rows(x),
-                            cols(x));
+    device.Device::add_norm(norm_named(kind), eps, factor.data(), shift.data(), sum.data(), more.data(),
+                            normed.data(), rows(x), cols(x));
   else
-    device.add_norm(norm, eps, weight.data(), shift, x.data(), delta.data(), out.data(), rows(x), cols(x));
+    device.add_norm(norm_named(kind), eps, factor.data(), shift.data(), sum.data(), more.data(),
+                    normed.data(), rows(x), cols(x));
+  sum.fetch();
+  normed.fetch();
 }
 
-void activation(CpuDevice& device, const std::string& kind, bool gated, Matrix x, Matrix out) {
+void activation(Device& device, const std::string& kind, bool gated, Matrix x, Matrix out) {
   const std::vector<std::string> names = {"silu", "gelu", "gelu_tanh", "relu"};
   const auto found = std::find(names.begin(), names.end(), kind);
   check(found != names.end(), "the activation is known");
-  device.activation(static_cast<Activation>(found - names.begin()), gated, x.data(), out.data(), rows(out),
-                    cols(out));
+  OnDevice in(device, x), activated(device, out);
+  device.activation(static_cast<Activation>(found - names.begin()), gated, in.data(), activated.data(),
+                    rows(out), cols(out));
+  activated.fetch();
+}
+
+void add(Device& device, Matrix x, Matrix delta) {
+  OnDevice sum(device, x), more(device, delta);
+  device.add(sum.data(), more.data(), rows(x), cols(x));
+  sum.fetch();
+}
+
+void scale(Device& device, Matrix x, float factor) {
+  OnDevice scaled(device, x);
+  device.scale(scaled.data(), factor, rows(x), cols(x));
+  scaled.fetch();
+}
+
+void gather_rows(Device& device, Matrix x, const std::vector<int32_t>& indices, Matrix out) {
+  OnDevice in(device, x), gathered(device, out);
+  device.gather_rows(in.data(), indices, gathered.data(), cols(x));
+  gathered.fetch();
 }
 
 // params, tokens so far, num_prompt, position
@@ -191,8 +228,7 @@ PlainLogprobs plain(const TokenLogprobs& logprobs) {
   return out;
 }
 
-std::vector<SampleResult> sample(CpuDevice& device, Matrix logits,
-                                 const std::vector<SampleRequest>& requests) {
+std::vector<SampleResult> sample(Device& device, Matrix logits, const std::vector<SampleRequest>& requests) {
   std::vector<SamplingParams> params;
   for (const auto& request : requests) params.push_back(make_params(std::get<0>(request)));
   std::vector<SamplingRow> sampling;
@@ -204,20 +240,22 @@ std::vector<SampleResult> sample(CpuDevice& device, Matrix logits,
   std::vector<Sampled> sampled(sampling.size());
   {
     nb::gil_scoped_release release;
-    device.sample(logits.data(), cols(logits), sampling, sampled);
+    OnDevice on_device(device, logits);
+    device.sample(on_device.data(), cols(logits), sampling, sampled);
   }
   std::vector<SampleResult> results;
   for (const Sampled& row : sampled) results.emplace_back(row.token, plain(row.logprobs));
   return results;
 }
 
-std::vector<SampleResult> score(CpuDevice& device, Matrix logits,
+std::vector<SampleResult> score(Device& device, Matrix logits,
                                 const std::vector<std::pair<int32_t, int32_t>>& tokens) {
   std::vector<ScoringRow> scoring;
   for (const auto& [token, num_logprobs] : tokens) scoring.push_back({token, num_logprobs});
   check(scoring.size() == logits.shape(0), "one token per row");
   std::vector<TokenLogprobs> scored(scoring.size());
-  device.score(logits.data(), cols(logits), scoring, scored);
+  OnDevice on_device(device, logits);
+  device.score(on_device.data(), cols(logits), scoring, scored);
   std::vector<SampleResult> results;
   for (size_t i = 0; i < scored.size(); ++i) results.emplace_back(scoring[i].token, plain(scored[i]));
   return results;
@@ -259,24 +297,21 @@ void run_in_task(int num_threads) {
 }
 
 void bind_device(nb::module_& m) {
-  nb::class_<CpuDevice>(m, "CpuDevice")
-      .def("__init__",
-           [](CpuDevice* self, const std::string& isa, int num_threads) {
-             new (self) CpuDevice(kernels_named(isa), num_threads, Arithmetic::EXACT);
-           })
-      .def_prop_ro("name", &CpuDevice::name)
-      .def("memory_available", &CpuDevice::memory_available)
+  nb::class_<Device>(m, "Device")
+      .def(nb::new_([](const std::string& isa, int num_threads) {
+        return make_test_device(isa, num_threads, Arithmetic::EXACT);
+      }))
+      .def_prop_ro("name", &Device::name)
+      .def("memory_available", &Device::memory_available)
       .def("norm", norm, "kind"_a, "eps"_a, "weight"_a, "bias"_a.none(), "x"_a, "out"_a)
       .def("add_norm", add_norm, "kind"_a, "eps"_a, "weight"_a, "bias"_a.none(), "x"_a, "delta"_a, "out"_a,
            "composed"_a)
       .def("activation", activation)
-      .def("add",
-           [](CpuDevice& d, Matrix x, Matrix delta) { d.add(x.data(), delta.data(), rows(x), cols(x)); })
-      .def("scale", [](CpuDevice& d, Matrix x, float factor) { d.scale(x.data(), factor, rows(x), cols(x)); })
-      .def("gather_rows", [](CpuDevice& d, Matrix x, const std::vector<int32_t>& indices,
-                             Matrix out) { d.gather_rows(x.data(), indices, out.data(), cols(x)); })
+      .def("add", add)
+      .def("scale", scale)
+      .def("gather_rows", gather_rows)
       .def("upload_address",
-           [](CpuDevice& d, Vector x) {
+           [](Device& d, Vector x) {
              const auto buffer = d.upload({x.data(), x.size()});
              std::vector<float> back(buffer->size);
              d.copy_to_host(back.data(), buffer->data, back.size());

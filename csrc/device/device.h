@@ -56,6 +56,8 @@ class Device {
   virtual std::unique_ptr<Buffer> alloc(size_t numbers) = 0;
   virtual void copy_to_host(float* host, const float* device, size_t numbers) = 0;
   virtual size_t memory_available() const = 0;  // bytes
+  // What the engine takes of it when nobody says how much.
+  virtual size_t memory_default() const { return memory_available() / 2; }
   // The sources stacked by rows (q, k and v become one weight), each in its target format; `bias` has one
   // number per row of the whole or is empty.
   virtual std::unique_ptr<Weight> pack(std::span<const Tensor> sources, std::span<const float> bias) = 0;
@@ -96,7 +98,8 @@ class Device {
                      std::span<TokenLogprobs> out) = 0;
 };
 
-// kind: "cpu". num_threads 0: one per core that this process may run on.
+// kind: "cpu", "cuda", or "auto": a GPU if one can be used, else the CPU. num_threads 0: one per core that
+// this process may run on.
 std::unique_ptr<Device> make_device(const std::string& kind, int num_threads, Arithmetic arithmetic);
 
 }  // namespace engine

@@ -73,7 +73,8 @@ Engine::Engine(const ModelConfig& config, const TensorIndex& tensors, const Engi
   require(options_.memory_bytes <= available, "the engine may use " + mib(options_.memory_bytes) +
                                                   " of memory, but only " + mib(available) +
                                                   " are available: lower --memory");
-  const int64_t memory = options_.memory_bytes > 0 ? options_.memory_bytes : available / 2;
+  const int64_t memory =
+      options_.memory_bytes > 0 ? options_.memory_bytes : static_cast<int64_t>(device_->memory_default());
   // A step never runs more sequences than tokens, and never samples more rows than sequences. Prompts are
   // scored in pieces of as many rows; with fewer than 16 the weights of the head would be read for next to
   // nothing.

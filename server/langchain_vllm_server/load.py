@@ -80,7 +80,7 @@ def _weight_format(settings: Settings, checkpoint: Checkpoint) -> str:
 def engine_options(settings: Settings, checkpoint: Checkpoint) -> _engine.EngineOptions:
     """The settings in the engine's words. Raises ValueError."""
     options = _engine.EngineOptions()
-    options.device = "cpu"
+    options.device = settings.device
     options.num_threads = settings.threads
     options.memory_bytes = settings.memory
     options.max_model_len = settings.max_model_len

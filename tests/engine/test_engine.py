@@ -299,6 +299,7 @@ def test_options_that_cannot_work(model: Path) -> None:
         ({"max_model_len": 10**6}, "max_model_len"),
         ({"max_num_seqs": 0}, "max_num_seqs"),
         ({"device": "abacus"}, "abacus"),
+        ({"device": "cuda"}, "take --device cpu"),  # built without CUDA, or there is no GPU
         ({"weight_format": "Q4_0"}, "weight_format"),
         ({"memory_bytes": -1}, "memory_bytes"),
         ({"memory_bytes": 1 << 60}, "are available: lower --memory"),

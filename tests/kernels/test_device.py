@@ -1,4 +1,4 @@
-"""What CpuDevice is beside its kernels: memory, names, and the fused ops' default composition."""
+"""What a device is beside its kernels: memory, names, and the fused ops' default composition."""
 
 from __future__ import annotations
 
@@ -8,17 +8,18 @@ import numpy as np
 import pytest
 
 from langchain_vllm_server import _kernels_test
+from tests.kernels.weights import DEVICES
 
 ISAS = _kernels_test.isas()
 
 
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("isa", DEVICES)
 @pytest.mark.parametrize("kind", ["rms", "layer"])
 @pytest.mark.parametrize("shape", [(1, 1), (3, 31), (50, 576)])
 def test_add_norm_is_add_then_norm(isa: str, kind: str, shape: tuple[int, int]) -> None:
     rng = np.random.default_rng(0)
     x, delta, weight = (rng.standard_normal(s).astype(np.float32) for s in (shape, shape, shape[1:]))
-    device = _kernels_test.CpuDevice(isa, 2)
+    device = _kernels_test.Device(isa, 2)
     results = []
     for composed in (True, False):
         residual, out = x.copy(), np.empty_like(x)
@@ -30,18 +31,18 @@ def test_add_norm_is_add_then_norm(isa: str, kind: str, shape: tuple[int, int]) 
 
 @pytest.mark.parametrize("numbers", [1, 15, 1000])
 def test_upload_is_aligned(numbers: int) -> None:
-    address = _kernels_test.CpuDevice(ISAS[0], 1).upload_address(np.arange(numbers, dtype=np.float32))
+    address = _kernels_test.Device(ISAS[0], 1).upload_address(np.arange(numbers, dtype=np.float32))
     assert address % 64 == 0
 
 
 def test_name_tells_isa_and_threads() -> None:
-    assert [_kernels_test.CpuDevice(isa, 1).name for isa in ISAS] == [f"cpu ({isa}, 1 thread)" for isa in ISAS]
-    assert _kernels_test.CpuDevice("scalar", 3).name == "cpu (scalar, 3 threads)"
+    assert [_kernels_test.Device(isa, 1).name for isa in ISAS] == [f"cpu ({isa}, 1 thread)" for isa in ISAS]
+    assert _kernels_test.Device("scalar", 3).name == "cpu (scalar, 3 threads)"
 
 
 def test_memory_available_is_what_the_system_says() -> None:
     lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    available = _kernels_test.CpuDevice("scalar", 1).memory_available()
+    available = _kernels_test.Device("scalar", 1).memory_available()
     assert 0 < available <= int(lines["MemTotal"].split()[0]) * 1024
 
 
@@ -54,7 +55,7 @@ def test_devices_are_made_by_name() -> None:
 @pytest.mark.parametrize("threads", [-1, 1025])
 def test_absurd_numbers_of_threads_are_refused(threads: int) -> None:
     with pytest.raises(RuntimeError, match=f"num_threads must be 0 .* to 1024, not {threads}"):
-        _kernels_test.CpuDevice("scalar", threads)
+        _kernels_test.Device("scalar", threads)
 
 
 @pytest.mark.parametrize(("kv_format", "size"), [("F32", 4), ("F16", 2), ("BF16", 2)])

@@ -10,6 +10,7 @@ import pytest
 from numpy.typing import NDArray
 
 from langchain_vllm_server import _kernels_test
+from tests.kernels.weights import DEVICES
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -26,9 +27,9 @@ def normal(*shape: int, seed: int = 0, scale: float = 1.0, shift: float = 0.0) -
     return values.astype(np.float32)
 
 
-@pytest.fixture(params=[(isa, threads) for isa in ISAS for threads in (1, 2)], ids=lambda p: f"{p[0]}-{p[1]}")
-def device(request: pytest.FixtureRequest) -> _kernels_test.CpuDevice:
-    return _kernels_test.CpuDevice(*request.param)
+@pytest.fixture(params=[(isa, threads) for isa in DEVICES for threads in (1, 2)], ids=lambda p: f"{p[0]}-{p[1]}")
+def device(request: pytest.FixtureRequest) -> _kernels_test.Device:
+    return _kernels_test.Device(*request.param)
 
 
 def chain(size: int) -> float:
@@ -38,7 +39,7 @@ def chain(size: int) -> float:
 
 @pytest.mark.parametrize(("rows", "size"), SHAPES)
 @pytest.mark.parametrize("bias", [False, True])
-def test_rms_norm(device: _kernels_test.CpuDevice, rows: int, size: int, bias: bool) -> None:
+def test_rms_norm(device: _kernels_test.Device, rows: int, size: int, bias: bool) -> None:
     x, weight, out = normal(rows, size, scale=3), normal(size, seed=1), np.empty((rows, size), np.float32)
     shift = normal(size, seed=2) if bias else None
     device.norm("rms", 1e-5, weight, shift, x, out)
@@ -53,7 +54,7 @@ def test_rms_norm(device: _kernels_test.CpuDevice, rows: int, size: int, bias: b
 @pytest.mark.parametrize(("rows", "size"), SHAPES[1:])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("mean", [0.0, 100.0])
-def test_layer_norm(device: _kernels_test.CpuDevice, rows: int, size: int, bias: bool, mean: float) -> None:
+def test_layer_norm(device: _kernels_test.Device, rows: int, size: int, bias: bool, mean: float) -> None:
     x, weight, out = normal(rows, size, shift=mean), normal(size, seed=1), np.empty((rows, size), np.float32)
     shift = normal(size, seed=2) if bias else None
     device.norm("layer", 1e-5, weight, shift, x, out)
@@ -99,7 +100,7 @@ UNDERFLOW = 90 * 60 * 2.0**-124  # e^-|x| is 0 below e^-86.5, e^|x| ends at e^88
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize(("rows", "size"), SHAPES)
 def test_activation(
-    device: _kernels_test.CpuDevice, kind: Callable[[F64], tuple[F64, F64]], gated: bool, rows: int, size: int
+    device: _kernels_test.Device, kind: Callable[[F64], tuple[F64, F64]], gated: bool, rows: int, size: int
 ) -> None:
     x = normal(rows, 2 * size if gated else size, scale=3)
     x[0, 0] = -90
@@ -114,16 +115,16 @@ def test_activation(
     assert np.all(np.abs(out - expected) <= bound + UNDERFLOW)
 
 
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("isa", DEVICES)
 def test_gelu_is_exact_to_a_millionth(isa: str) -> None:
     x = np.linspace(-12, 12, 20001, dtype=np.float32).reshape(1, -1)
     out = np.empty_like(x)
-    _kernels_test.CpuDevice(isa, 1).activation("gelu", False, x, out)
+    _kernels_test.Device(isa, 1).activation("gelu", False, x, out)
     assert np.max(np.abs(out - gelu(x.astype(np.float64))[0])) < 1e-6
 
 
 @pytest.mark.parametrize(("rows", "size"), SHAPES)
-def test_add_scale_gather(device: _kernels_test.CpuDevice, rows: int, size: int) -> None:
+def test_add_scale_gather(device: _kernels_test.Device, rows: int, size: int) -> None:
     x, delta = normal(rows, size), normal(rows, size, seed=1)
     expected = x + delta
     device.add(x, delta)
@@ -167,12 +168,12 @@ def test_max_does_not_count_nan(isa: str, size: int) -> None:
     assert _kernels_test.max(isa, np.full(size, -np.inf, np.float32)) == -np.inf
 
 
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("isa", DEVICES)
 @pytest.mark.parametrize("kind", ["rms", "layer"])
 def test_rows_do_not_depend_on_their_neighbours(isa: str, kind: str) -> None:
     x, weight = normal(70, 300), normal(300, seed=1)
     together, alone = np.empty_like(x), np.empty_like(x)
-    _kernels_test.CpuDevice(isa, 2).norm(kind, 1e-5, weight, None, x, together)
+    _kernels_test.Device(isa, 2).norm(kind, 1e-5, weight, None, x, together)
     for row in range(len(x)):
-        _kernels_test.CpuDevice(isa, 1).norm(kind, 1e-5, weight, None, x[row : row + 1], alone[row : row + 1])
+        _kernels_test.Device(isa, 1).norm(kind, 1e-5, weight, None, x[row : row + 1], alone[row : row + 1])
     assert np.array_equal(together, alone)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 ISAS = _kernels_test.isas()
 F32 = NDArray[np.float32]
-DEVICES = {isa: _kernels_test.CpuDevice(isa, 2) for isa in ISAS}
+DEVICES = {isa: _kernels_test.Device(isa, 2) for isa in ISAS}
 Result = tuple[int, list[tuple[int, float, int]]]
 
 

@@ -51,7 +51,7 @@ def test_too_many_threads_for_the_system_is_an_error() -> None:
     script = (
         "import resource; from langchain_vllm_server import _kernels_test\n"
         "resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))\n"  # room for a hundred stacks
-        "_kernels_test.CpuDevice('scalar', 1000)"
+        "_kernels_test.Device('scalar', 1000)"
     )
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
     assert result.returncode == 1, result

@@ -16,6 +16,13 @@ BLOCKS = {name: (size, num_bytes) for name, size, num_bytes in _kernels_test.for
 FORMATS = list(BLOCKS)
 PLAIN = ["F32", "F16", "BF16"]
 ISAS: list[str] = _kernels_test.isas()
+DEVICES = [*ISAS, "cuda"]  # CUDA's kernels run on the CPU where there is no GPU (csrc/cuda_on_cpu): slowly
+
+
+def few(isa: str, values: list[int], fewer: list[int]) -> list[int]:
+    """The values to test an instruction set with, or the fewer ones that matter to CUDA's kernels."""
+    return fewer if isa == "cuda" else values
+
 
 # Where the f16 scales and offsets stand in a block, in bytes.
 SCALES = {

@@ -130,7 +130,7 @@ def test_chat_template_may_be_a_file(tmp_path: Path) -> None:
         (["--memory", "4 elephants"], "size such as 4GiB"),
         (["--dtype", "int8"], "invalid choice: 'int8'"),
         (["--kv-cache-dtype", "fp8"], "invalid choice: 'fp8'"),
-        (["--device", "cuda"], "invalid choice: 'cuda'"),
+        (["--device", "tpu"], "invalid choice: 'tpu'"),
         (["--max-num-seqs", "0"], "--max-num-seqs: must be between 1 and"),
         (["--threads", "-1"], "--threads"),
         (["--chat-template", "nowhere.jinja"], "neither a Jinja template nor a readable file: nowhere.jinja"),

@@ -1,0 +1,171 @@
+#include "cuda/linear.h"
+
+#include "base/check.h"
+#include "cuda/linear_kernels.cuh"
+
+namespace engine::cuda {
+namespace {
+
+constexpr int kWarpsPerBlock = 8;  // of the kernels that prepare activations
+constexpr int kFewTokens = 8, kSomeTokens = 32;
+
+template <class T>
+View<T> part(const CudaWeight& weight, size_t offset, size_t bytes) {
+  return {reinterpret_cast<T*>(weight.memory.as<std::byte>() + offset), bytes / sizeof(T)};
+}
+
+Matrix matrix(const CudaWeight& weight, const PackedSegment& s) {
+  return {part<const uint8_t>(weight, s.lanes, s.extras - s.lanes),
+          part<const uint8_t>(weight, s.extras, s.scales - s.extras),
+          part<const uint8_t>(weight, s.scales, s.supers - s.scales),
+          part<const uint8_t>(weight, s.supers, s.row_scales - s.supers),
+          part<const float>(weight, s.row_scales, static_cast<size_t>(s.panels) * kPanelRows * sizeof(float)),
+          static_cast<int>(weight.steps()),
+          static_cast<int>(s.panels)};
+}
+
+int tiles_of(int n) {
+  return (n + kTileTokens - 1) / kTileTokens;
+}
+
+dim3 preparation_grid(int steps, int tiles) {
+  return {blocks_for(static_cast<size_t>(steps), kWarpsPerBlock), static_cast<unsigned>(tiles)};
+}
+
+Terms split(cudaStream_t stream, View<const float> x, int n, int cols, LinearScratch& scratch) {
+  const int steps = (cols + kStepCols - 1) / kStepCols, tiles = tiles_of(n);
+  const size_t count = static_cast<size_t>(kTerms * tiles) * static_cast<size_t>(steps) * kWarpSize * 8;
+  scratch.terms.reserve(count * sizeof(uint16_t));
+  const View<uint16_t> terms(scratch.terms.as<uint16_t>(), count);
+  launch(stream, preparation_grid(steps, tiles), kWarpsPerBlock * kWarpSize, split_kernel, x, terms, n, cols,
+         tiles, steps);
+  return {terms, tiles, steps};
+}
+
+Bytes quantise(cudaStream_t stream, View<const float> x, int n, int cols, LinearScratch& scratch) {
+  const int steps = cols / kStepCols, tiles = tiles_of(n);
+  const size_t places = static_cast<size_t>(tiles) * static_cast<size_t>(steps);
+  scratch.quants.reserve(places * kWarpSize * 8);
+  scratch.scales.reserve(places * kTileTokens * sizeof(float));
+  scratch.sums.reserve(places * kTileTokens * sizeof(int2));
+  const View<uint8_t> quants(scratch.quants.as<uint8_t>(), places * kWarpSize * 8);
+  const View<float> scales(scratch.scales.as<float>(), places * kTileTokens);
+  const View<int> sums(scratch.sums.as<int>(), places * kTileTokens * 2);
+  launch(stream, preparation_grid(steps, tiles), kWarpsPerBlock * kWarpSize, quantise_kernel, x, quants,
+         scales, sums, n, cols, steps);
+  return {quants, scales, sums, tiles, steps};
+}
+
+template <class Route>
+void multiply_segment(cudaStream_t stream, const Matrix& m, const typename Route::Rows& x,
+                      const Result& out) {
+  const auto panels = static_cast<unsigned>(m.panels);
+  const auto tiles = static_cast<size_t>(tiles_of(out.n));
+  if (out.n <= kFewTokens)
+    launch(stream, dim3(panels, blocks_for(tiles, 1)), kNarrowWarps * kWarpSize, narrow_kernel<Route, 1>, m,
+           x, out);
+  else if (out.n <= kSomeTokens)
+    launch(stream, dim3(panels, blocks_for(tiles, 4)), kNarrowWarps * kWarpSize, narrow_kernel<Route, 4>, m,
+           x, out);
+  else
+    launch(stream, dim3(blocks_for(panels, kWideWarps), blocks_for(tiles, 8)), kWideWarps * kWarpSize,
+           wide_kernel<Route, 8>, m, x, out);
+}
+
+// visit.operator()<format>().
+template <class Visit>
+void visit_format(Format format, Visit visit) {
+  switch (format) {
+    case Format::F32:
+      return visit.template operator()<Format::F32>();
+    case Format::F16:
+      return visit.template operator()<Format::F16>();
+    case Format::BF16:
+      return visit.template operator()<Format::BF16>();
+    case Format::Q8_0:
+      return visit.template operator()<Format::Q8_0>();
+    case Format::Q4_0:
+      return visit.template operator()<Format::Q4_0>();
+    case Format::Q4_1:
+      return visit.template operator()<Format::Q4_1>();
+    case Format::Q5_0:
+      return visit.template operator()<Format::Q5_0>();
+    case Format::Q5_1:
+      return visit.template operator()<Format::Q5_1>();
+    case Format::Q4_K:
+      return visit.template operator()<Format::Q4_K>();
+    case Format::Q5_K:
+      return visit.template operator()<Format::Q5_K>();
+    case Format::Q6_K:
+      return visit.template operator()<Format::Q6_K>();
+    case Format::INT8:
+      return visit.template operator()<Format::INT8>();
+  }
+}
+
+// A block for each (step, token), a thread for each column.
+template <Format kFormat>
+__global__ void embed_kernel(Matrix m, View<const int32_t> tokens, View<float> out, int cols) {
+  const int token = tokens[blockIdx.y], step = static_cast<int>(blockIdx.x),
+            lane = static_cast<int>(threadIdx.x);
+  const int panel = token / kPanelRows, row = token % kPanelRows;
+  if (row % 8 != lane / 4) return;
+  float w[kLaneWeights];
+  dequantise<kFormat>(m, panel, step, lane, w);
+  for (int i = 0; i < 8; ++i) {
+    const int col = step * kStepCols + i / 4 * 16 + lane % 4 * 4 + i % 4;
+    const float value = row < 8 ? w[i] : w[8 + i];
+    if (col < cols)
+      out[static_cast<size_t>(blockIdx.y) * static_cast<size_t>(cols) + static_cast<size_t>(col)] = value;
+  }
+}
+
+constexpr unsigned kMaxGridRows = 65535;
+
+}  // namespace
+
+void multiply(cudaStream_t stream, const CudaWeight& weight, const float* x, float* y, int n,
+              LinearScratch& scratch) {
+  check(tiles_of(n) <= static_cast<int>(kMaxGridRows), "linear: fewer tokens at once");
+  const int cols = static_cast<int>(weight.cols), rows = static_cast<int>(weight.rows);
+  const View<const float> in(x, static_cast<size_t>(n) * static_cast<size_t>(cols));
+  const View<float> out(y, static_cast<size_t>(n) * static_cast<size_t>(rows));
+  const View<const float> bias =
+      weight.has_bias ? part<const float>(weight, weight.bias, static_cast<size_t>(rows) * sizeof(float))
+                      : View<const float>();
+  Terms terms{};
+  Bytes bytes{};
+  for (const PackedSegment& s : weight.segments) {
+    const Matrix m = matrix(weight, s);
+    const Result result{out, bias, n, rows, static_cast<int>(s.first_row), static_cast<int>(s.rows)};
+    if (s.arithmetic == Arithmetic::EXACT) {
+      if (!terms.data) terms = split(stream, in, n, cols, scratch);
+      visit_format(s.format,
+                   [&]<Format kFormat>() { multiply_segment<Exact<kFormat>>(stream, m, terms, result); });
+    } else {
+      if (!bytes.quants) bytes = quantise(stream, in, n, cols, scratch);
+      visit_format(s.format, [&]<Format kFormat>() {
+        if constexpr (requires { Stored<kFormat>::kBits; })
+          multiply_segment<Int8<kFormat>>(stream, m, bytes, result);
+      });
+    }
+  }
+}
+
+void embed_rows(cudaStream_t stream, const CudaWeight& table, const int32_t* tokens, int n, float* out) {
+  check(table.segments.size() == 1, "an embedding table has one source");
+  const int cols = static_cast<int>(table.cols);
+  const Matrix m = matrix(table, table.segments[0]);
+  for (int first = 0; first < n; first += static_cast<int>(kMaxGridRows)) {
+    const int count = min(n - first, static_cast<int>(kMaxGridRows));
+    const View<const int32_t> ids(tokens + first, static_cast<size_t>(count));
+    const View<float> rows(out + static_cast<size_t>(first) * static_cast<size_t>(cols),
+                           static_cast<size_t>(count) * static_cast<size_t>(cols));
+    visit_format(table.segments[0].format, [&]<Format kFormat>() {
+      launch(stream, dim3(static_cast<unsigned>(m.steps), static_cast<unsigned>(count)), kWarpSize,
+             embed_kernel<kFormat>, m, ids, rows, cols);
+    });
+  }
+}
+
+}  // namespace engine::cuda

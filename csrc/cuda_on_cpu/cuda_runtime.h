@@ -1,0 +1,129 @@
+// What the engine uses of CUDA's runtime, for a C++ compiler without it: found in place of NVIDIA's header by
+// the include path alone. Names and meanings are those of the CUDA Runtime API and the CUDA C++ Programming
+// Guide; memory of the "device" is the host's, and every call has finished when it returns.
+#pragma once
+
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <tuple>
+#include <utility>
+
+#include "cuda_on_cpu/grid.h"
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __shared__ static  // blocks run one after the other
+
+inline int min(int a, int b) {
+  return a < b ? a : b;
+}
+inline int max(int a, int b) {
+  return a < b ? b : a;
+}
+
+struct alignas(8) float2 {
+  float x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+struct alignas(8) int2 {
+  int x, y;
+};
+struct alignas(16) int4 {
+  int x, y, z, w;
+};
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+
+inline void __syncthreads() {
+  cuda_on_cpu::block_barrier();
+}
+inline void __syncwarp(unsigned mask = ~0u) {
+  cuda_on_cpu::warp_barrier(mask);
+}
+template <class T>
+T __shfl_sync(unsigned mask, T value, int lane) {
+  static_assert(sizeof(T) <= cuda_on_cpu::kMaxValue);
+  const auto* seen = cuda_on_cpu::exchange("__shfl_sync", mask, &value, sizeof value);
+  std::memcpy(&value, seen + lane % cuda_on_cpu::kWarp * cuda_on_cpu::kMaxValue, sizeof value);
+  return value;
+}
+template <class T>
+T __shfl_xor_sync(unsigned mask, T value, int lane_mask) {
+  const auto* seen = cuda_on_cpu::exchange("__shfl_xor_sync", mask, &value, sizeof value);
+  const int lane = (cuda_on_cpu::here().thread % cuda_on_cpu::kWarp) ^ lane_mask;
+  std::memcpy(&value, seen + lane * cuda_on_cpu::kMaxValue, sizeof value);
+  return value;
+}
+inline unsigned __ballot_sync(unsigned mask, int predicate) {
+  const auto* seen = cuda_on_cpu::exchange("__ballot_sync", mask, &predicate, sizeof predicate);
+  unsigned votes = 0;
+  for (int i = 0; i < cuda_on_cpu::kWarp; ++i) {
+    std::memcpy(&predicate, seen + i * cuda_on_cpu::kMaxValue, sizeof predicate);
+    votes |= static_cast<unsigned>(predicate != 0) << i;
+  }
+  return votes;
+}
+template <class T>
+T atomicAdd(T* address, T value) {
+  return std::exchange(*address, *address + value);
+}
+
+enum cudaError_t {
+  cudaSuccess = 0,
+  cudaErrorMemoryAllocation = 2,
+  cudaErrorInsufficientDriver = 35,
+  cudaErrorNoDevice = 100,
+  cudaErrorNoKernelImageForDevice = 209,
+  cudaErrorIllegalAddress = 700,
+};
+enum cudaMemcpyKind { cudaMemcpyHostToDevice = 1, cudaMemcpyDeviceToHost = 2, cudaMemcpyDeviceToDevice = 3 };
+using cudaStream_t = struct CudaOnCpuStream*;
+
+struct cudaDeviceProp {
+  char name[256];
+  size_t totalGlobalMem;
+  int major, minor, multiProcessorCount;
+};
+
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes = 0;
+  cudaStream_t stream = nullptr;
+  void* attrs = nullptr;
+  unsigned numAttrs = 0;
+};
+
+const char* cudaGetErrorString(cudaError_t error);
+cudaError_t cudaGetLastError();
+cudaError_t cudaDriverGetVersion(int* version);
+cudaError_t cudaRuntimeGetVersion(int* version);
+cudaError_t cudaGetDeviceCount(int* count);
+cudaError_t cudaSetDevice(int device);
+cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int device);
+cudaError_t cudaMemGetInfo(size_t* free, size_t* total);
+cudaError_t cudaMalloc(void** memory, size_t bytes);
+cudaError_t cudaFree(void* memory);
+cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind, cudaStream_t);
+cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t);
+cudaError_t cudaStreamCreate(cudaStream_t* stream);
+cudaError_t cudaStreamDestroy(cudaStream_t stream);
+cudaError_t cudaStreamSynchronize(cudaStream_t stream);
+
+template <class... Parameters, class... Arguments>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
+                               Arguments&&... arguments) {
+  const std::tuple<Parameters...> values(std::forward<Arguments>(arguments)...);
+  cuda_on_cpu::run(config->gridDim, config->blockDim, [&] { std::apply(kernel, values); });
+  return cudaSuccess;
+}

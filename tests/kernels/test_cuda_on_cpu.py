@@ -1,0 +1,121 @@
+"""The harness that runs CUDA kernels on the CPU: what is wrong on a GPU is an error, what is right is not."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+
+from langchain_vllm_server import _kernels_test
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+pytestmark = pytest.mark.skipif(not _kernels_test.cuda_is_emulated, reason="CUDA is not emulated, it runs on a GPU")
+THREADS = 64
+
+
+@pytest.fixture(params=[1, 2], ids=["ascending", "descending"])
+def order(request: pytest.FixtureRequest) -> Iterator[int]:
+    _kernels_test.schedule_cuda_like(request.param)
+    yield request.param
+    _kernels_test.schedule_cuda_like(1)
+
+
+@pytest.fixture
+def machine() -> Iterator[None]:
+    yield
+    _kernels_test.set_cuda_machine()
+
+
+@pytest.mark.usefixtures("order")
+def test_threads_meet_at_barriers() -> None:
+    assert _kernels_test.run_cuda("pass_on") == [(i + 1) % THREADS for i in range(THREADS)]
+    assert _kernels_test.run_cuda("pass_on_in_warp") == [i // 32 * 32 + (i + 1) % 32 for i in range(THREADS)]
+    assert _kernels_test.run_cuda("reuse") == [THREADS - 1 - i for i in range(THREADS)]
+
+
+@pytest.mark.usefixtures("order")
+def test_lanes_see_each_other() -> None:
+    odd = int("0xAAAAAAAA", 16) - 2**32
+    expected = [odd + 5 + (i % 32 ^ 3) for i in range(THREADS)]
+    assert _kernels_test.run_cuda("votes") == expected
+
+
+@pytest.mark.usefixtures("order")
+@pytest.mark.parametrize(
+    ("kernel", "error"),
+    [
+        ("pass_on, no barrier", "nobody has written|a race: shared memory is written, and read by"),
+        ("pass_on_in_warp, no barrier", "nobody has written|a race: shared memory is written, and read by"),
+        ("reuse, no barrier", "a race: shared memory is (written, and read by|read, and written by)"),
+        ("unwritten", "shared memory is read that nobody has written"),
+        ("beyond", r"thread \(63, 0, 0\): elements \[64, 65\) of 64"),
+        ("beyond_shared", "shared element -1 of 64"),
+        ("misaligned", "an access of 8 bytes is not aligned"),
+        ("half_at_a_barrier", "32 of 64 threads wait at __syncthreads.*32 have ended"),
+        ("half_a_warp", "16 for their warp|for their warp, and"),
+        ("different_collectives", "one lane is at __"),
+    ],
+)
+def test_what_a_gpu_leaves_undefined_is_an_error(kernel: str, error: str) -> None:
+    with pytest.raises(RuntimeError, match=error):
+        _kernels_test.run_cuda(kernel)
+    assert _kernels_test.run_cuda("reuse")[0] == THREADS - 1  # an error leaves nothing behind
+
+
+def test_the_second_order_finds_what_depends_on_it() -> None:
+    results = []
+    for order in (1, 2):
+        _kernels_test.schedule_cuda_like(order)
+        results.append(_kernels_test.run_cuda("last_one_wins")[0])
+    _kernels_test.schedule_cuda_like(1)
+    assert results == [THREADS - 1, 0]
+
+
+@pytest.mark.parametrize(("kind", "depth"), [("bf16", 16), ("u8 k32", 32), ("u8 k16", 16)])
+def test_matrix_instructions(kind: str, depth: int) -> None:
+    rng = np.random.default_rng(0)
+    a, b = rng.integers(0, 200, (16, depth)), rng.integers(-128, 128, (depth, 8))
+    c = _kernels_test.mma(kind, a.ravel().tolist(), b.ravel().tolist())
+    assert np.array_equal(np.reshape(c, (16, 8)), a @ b)
+
+
+@pytest.mark.usefixtures("machine")
+@pytest.mark.parametrize(
+    ("machine_is", "error"),
+    [
+        ({"driver": 0}, "there is no NVIDIA driver here: install one, or take --device cpu"),
+        ({"driver": 12040}, "the NVIDIA driver knows CUDA 12.4, the engine was built with CUDA 13.0: update"),
+        ({"devices": 0}, "no GPU is visible here: look at nvidia-smi and CUDA_VISIBLE_DEVICES"),
+        ({"major": 7, "minor": 5}, r"CUDA on CPU has compute capability 7.5, .* need 8.0"),
+    ],
+)
+def test_a_machine_that_cannot_run_cuda_says_why(machine_is: dict[str, int], error: str) -> None:
+    _kernels_test.set_cuda_machine(**machine_is)
+    with pytest.raises(RuntimeError, match=error):
+        _kernels_test.make_device("cuda")
+    assert _kernels_test.make_device("auto").startswith("cpu (")
+
+
+@pytest.mark.usefixtures("machine")
+def test_too_little_memory_says_how_much() -> None:
+    _kernels_test.set_cuda_machine(bytes=1 << 20)
+    device = _kernels_test.Device("cuda", 1)
+    assert device.memory_available() == 1 << 20
+    x = np.zeros((600, 1000), np.float32)
+    with pytest.raises(RuntimeError, match="out of GPU memory: a buffer takes 3 MiB"):
+        device.scale(x, 1.0)
+
+
+@pytest.mark.usefixtures("machine")
+def test_a_lost_device_is_an_error() -> None:
+    device = _kernels_test.Device("cuda", 1)
+    _kernels_test.set_cuda_machine(lost=True)
+    with pytest.raises(RuntimeError, match="CUDA: cudaMalloc: an illegal memory access"):
+        device.scale(np.zeros((1, 8), np.float32), 1.0)
+
+
+def test_auto_is_the_gpu_where_there_is_one() -> None:
+    assert _kernels_test.make_device("auto") == _kernels_test.make_device("cuda") == "cuda (CUDA on CPU, 1024 MiB)"
