@@ -1,5 +1,5 @@
-// Sixteen f32 or i32 lanes with AVX-512 (F, BW, DQ, VL). Included by isa_avx512*.cpp and isa_amx.cpp alone, with
-// one of dot_avx512*.h; see vec_scalar.h for the meaning.
+// Sixteen f32 or i32 lanes with AVX-512 (F, BW, DQ, VL). Included by isa_avx512*.cpp and isa_amx.cpp alone,
+// with one of dot_avx512*.h; see vec_scalar.h for the meaning.
 #pragma once
 
 // GCC 12 takes the intrinsics' deliberately undefined operands for a mistake (GCC bug 105593).
