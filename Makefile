@@ -100,11 +100,11 @@ sanitize: $(VENV)/.tests  ## ASan, UBSan and TSan runs of the engine
 # Where nvcc is: what can be proved without a GPU (csrc/cuda/README.md).
 cuda-check: $(VENV)/.tests  ## nvcc for every architecture, and the emulated tests of the CUDA device
 	$(PYTHON) csrc/cuda/compile_check.py
-	$(PYTHON) -m pytest tests/kernels tests/parity/test_tiny_models.py -k cuda
+	$(PYTHON) -m pytest tests/kernels tests/parity -k "cuda or devices"
 
 test-cuda: $(VENV)/.tests  ## the same tests on a GPU
 	$(VENV)/bin/cmake -G Ninja -S csrc -B build/cuda -DENGINE_TESTS=ON -DENGINE_CUDA=ON \
 		-DPython_EXECUTABLE=$(abspath $(PYTHON)) >/dev/null && $(VENV)/bin/ninja -C build/cuda
 	mkdir -p build/cuda/site/langchain_vllm_server
 	ln -sf $(abspath server)/langchain_vllm_server/* $(abspath build/cuda)/_*.so build/cuda/site/langchain_vllm_server/
-	PYTHONPATH=build/cuda/site:$(SITE):. $(PYTHON) -S -m pytest tests/kernels tests/parity/test_tiny_models.py -k cuda
+	PYTHONPATH=build/cuda/site:$(SITE):. $(PYTHON) -S -m pytest tests/kernels tests/parity -k "cuda or devices"

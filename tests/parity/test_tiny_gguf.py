@@ -114,14 +114,16 @@ def reference_of(path: Path) -> Reference:
     return Reference(model.eval(), path.parent)
 
 
-@pytest.mark.parametrize("name", [*FORMATS, "mixed"])
-def test_logits(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("device", "name"), [*(("cpu", name) for name in [*FORMATS, "mixed"]), ("cuda", "Q8_0"), ("cuda", "Q6_K")]
+)
+def test_logits(device: str, name: str, tmp_path: Path) -> None:
     path = tmp_path / "tiny.gguf"
     if name == "mixed":
         write_gguf(path, MIXED, "Q4_K")
     else:
         write_gguf(path, {}, name)
-    model = our_model(path)
+    model = our_model(path, device=device)
     tokens = np.random.default_rng(1).integers(0, VOCAB, LENGTH).tolist()
     blocks = list(range(num_blocks(LENGTH)))
     whole = model.forward([run(tokens, 0, blocks)])
@@ -129,3 +131,15 @@ def test_logits(name: str, tmp_path: Path) -> None:
     assert whole.std() > 0.1, "the logits say something"
     chunks = [model.forward([run(tokens[i : i + 25], i, blocks)]) for i in range(0, LENGTH, 25)]
     np.testing.assert_array_equal(np.concatenate(chunks), whole)
+
+
+def test_devices_differ_less_than_rounded_activations(tmp_path: Path) -> None:
+    """In integers both devices round activations to bytes; where their f32 sums differ, a byte may be another."""
+    path = tmp_path / "tiny.gguf"
+    write_gguf(path, MIXED, "Q4_K")
+    runs = [run(np.random.default_rng(1).integers(0, VOCAB, LENGTH).tolist(), 0, list(range(num_blocks(LENGTH))))]
+    exact = our_model(path).forward(runs)
+    on_cpu, on_cuda = (our_model(path, exact=False, device=device).forward(runs) for device in ("cpu", "cuda"))
+    rounding = np.abs(on_cpu - exact)
+    assert np.abs(on_cuda - on_cpu).mean() < rounding.mean()
+    assert np.abs(on_cuda - exact).max() < 2 * rounding.max()
