@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+
+from langchain_core.output_parsers.openai_tools import make_invalid_tool_call
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from langchain_core.messages import BaseMessage
+    from langchain_core.messages import BaseMessage, InvalidToolCall
 
 Tags = tuple[str, str]
 
@@ -95,6 +98,21 @@ def keep_reasoning(message: BaseMessage, answer: Mapping[str, Any], tags: Tags |
         reasoning, message.content = ("".join(part) for part in zip(*parts, strict=True))
     if reasoning:
         message.additional_kwargs["reasoning_content"] = reasoning
+
+
+def take_calls_without_object(message: dict[str, Any]) -> list[InvalidToolCall]:
+    """Take the tool calls out of a raw message whose arguments are JSON, but no object: core would raise at them."""
+    calls = message.get("tool_calls") or []
+    message["tool_calls"] = [call for call in calls if not _is_without_object(call)]
+    problem = "The arguments are not a JSON object."
+    return [make_invalid_tool_call(call, problem) for call in calls if _is_without_object(call)]
+
+
+def _is_without_object(call: Mapping[str, Any]) -> bool:
+    try:
+        return not isinstance(json.loads(call["function"]["arguments"]), dict)
+    except (KeyError, TypeError, ValueError):  # core tells what is wrong with it
+        return False
 
 
 @dataclass

@@ -5,14 +5,16 @@ from __future__ import annotations
 import os
 import warnings
 from contextlib import aclosing
+from copy import deepcopy
 from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
+from langchain_core.messages import AIMessage
 from langchain_core.utils.function_calling import convert_to_openai_tool
 from langchain_openai.chat_models.base import BaseChatOpenAI
 from pydantic import Field, PrivateAttr, SecretStr, model_validator
 
 from langchain_vllm import __version__, _request, _structured_output, _translator
-from langchain_vllm._answers import StreamState, keep_reasoning, metadata, other_choice
+from langchain_vllm._answers import StreamState, keep_reasoning, metadata, other_choice, take_calls_without_object
 from langchain_vllm._connected import Connected, wide
 from langchain_vllm._connection import NO_KEY, Connection, base_url_from_env
 from langchain_vllm._parameters import ChatParameters
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
     import openai
     from langchain_core.language_models import LangSmithParams, LanguageModelInput
     from langchain_core.language_models.model_profile import ModelProfile
-    from langchain_core.messages import AIMessage, BaseMessage
+    from langchain_core.messages import BaseMessage
     from langchain_core.outputs import ChatGenerationChunk, ChatResult
     from langchain_core.runnables import Runnable
     from langchain_core.tools import BaseTool
@@ -281,9 +283,12 @@ class ChatVLLM(Connected, ChatParameters, BaseChatOpenAI):
     def _create_chat_result(
         self, response: dict[str, Any] | openai.BaseModel, generation_info: dict[str, Any] | None = None
     ) -> ChatResult:
-        result = super()._create_chat_result(response, dict(generation_info or {}))
-        answer = response if isinstance(response, dict) else response.model_dump(warnings=False)
-        for generation, choice in zip(result.generations, answer["choices"], strict=True):
+        answer = deepcopy(response) if isinstance(response, dict) else response.model_dump(warnings=False)
+        invalid = [take_calls_without_object(choice["message"]) for choice in answer.get("choices") or ()]
+        result = super()._create_chat_result(answer if any(invalid) else response, dict(generation_info or {}))
+        for generation, choice, calls in zip(result.generations, answer["choices"], invalid, strict=True):
+            if isinstance(generation.message, AIMessage):
+                generation.message.invalid_tool_calls += calls
             keep_reasoning(generation.message, choice["message"], self.reasoning_tags)
             # The base class shares one dictionary among all choices.
             told = {name: choice.get(name) for name in ("finish_reason", "logprobs") if name in choice}

@@ -48,13 +48,15 @@ class TestContentBlocks:
             assert [call["args"] for call in message.tool_calls] == [{"a": 1}, {"a": 1}]
 
     @pytest.mark.parametrize("version", ["v0", "v1"])
-    def test_whole_messages(self, version: str) -> None:
+    @pytest.mark.parametrize("arguments", ["{", "[1, 2]", '"Paris"', "7", "null"])
+    def test_whole_messages(self, version: str, arguments: str) -> None:
         call = {"id": "call-1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
-        bad = {"id": "call-2", "type": "function", "function": {"name": "add", "arguments": "{"}}
+        bad = {"id": "call-2", "type": "function", "function": {"name": "add", "arguments": arguments}}
         body = completion(content="Let me see.", reasoning="Add.", tool_calls=[call, bad])
         message = MockServer({PATH: (200, body)}).chat(output_version=version).invoke("1?")
         kinds = [block["type"] for block in message.content_blocks]
         assert kinds == ["reasoning", "text", "tool_call", "invalid_tool_call"]
+        assert message.invalid_tool_calls[0]["args"] == arguments
 
 
 class TestReasoning:
