@@ -97,8 +97,10 @@ def running_servers() -> Iterator[RunningServer]:
 
 
 def _runs(pid: int) -> bool:
+    """Whether the process or one of its threads is there: the last one to end closes its connections."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        return state != "Z" or len(os.listdir(f"/proc/{pid}/task")) > 1
     except OSError:
         return False
 

@@ -35,10 +35,10 @@ def use_fake_server() -> None:
 def alive(pid: int) -> bool:
     """Whether the process runs; one that has ended and waits to be reaped does not."""
     try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except FileNotFoundError:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        return state != "Z" or len(os.listdir(f"/proc/{pid}/task")) > 1  # its last thread closes what it has open
+    except OSError:
         return False
-    return stat.rpartition(")")[2].split()[0] != "Z"
 
 
 def eventually(condition: Callable[[], bool], seconds: float = 10.0) -> bool:
