@@ -155,8 +155,9 @@ def _check(parser: argparse.ArgumentParser, settings: Settings) -> None:
         parser.error("--ssl-cert-reqs needs --ssl-ca-certs to check clients' certificates with")
     if (settings.fingerprint_mode == "custom") != (settings.fingerprint_value is not None):
         parser.error("--fingerprint-mode custom and --fingerprint-value need each other")
-    if settings.reasoning_config and settings.reasoning_parser:
-        parser.error("--reasoning-config and --reasoning-parser both say how reasoning is marked: give one of them")
+    config = settings.structured_outputs_config
+    if settings.reasoning_config and (settings.reasoning_parser or (config and config.reasoning_parser)):
+        parser.error("--reasoning-config and a reasoning parser both say how reasoning is marked: give one of them")
     if settings.enable_log_outputs and not settings.enable_log_requests:
         parser.error("--enable-log-outputs needs --enable-log-requests")
 

@@ -94,6 +94,13 @@ def test_what_vectors_are_made_of() -> None:
             ["--reasoning-parser=qwen3", '--reasoning-config={"reasoning_start_str": "a", "reasoning_end_str": "b"}'],
             "give one of them",
         ),
+        (
+            [
+                "--structured-outputs-config.reasoning_parser=qwen3",
+                '--reasoning-config={"reasoning_start_str": "a", "reasoning_end_str": "b"}',
+            ],
+            "give one of them",
+        ),
         (["--structured-outputs-config", '{"enable_in_reasoning": true}'], "enable_in_reasoning"),
         (["--structured-outputs-config", "{"], "--structured-outputs-config"),
     ],
