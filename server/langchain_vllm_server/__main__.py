@@ -16,16 +16,12 @@ def main(argv: Sequence[str]) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _leave)
     from langchain_vllm_server.errors import StartError
-    from langchain_vllm_server.listen import address, announce, die_with_parent, listen
+    from langchain_vllm_server.listen import listen
     from langchain_vllm_server.settings import parse_settings
 
     settings = parse_settings(argv)
     try:
-        if settings.parent_fd is not None:
-            die_with_parent()
         listener = listen(settings)
-        if settings.announce_fd is not None:
-            announce(settings.announce_fd, address(listener, settings))
         from langchain_vllm_server.serve import serve
 
         return serve(settings, listener)

@@ -206,6 +206,6 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
         Flag("--enable-log-outputs", "with --enable-log-requests: log the answers, too"),
         Flag("--max-log-len", "longest body that is logged, in bytes", integer(0), "N"),
     ),
-    # For launchers: where to write the address, a pipe that closes when the parent is gone, a socket for owners.
-    "launcher": tuple(Flag(name, None, integer(0)) for name in ("--announce-fd", "--parent-fd", "--owners-fd")),
+    # For launchers: a listening socket for those who need the server (owners.py).
+    "launcher": (Flag("--owners-fd", None, integer(0)),),
 }

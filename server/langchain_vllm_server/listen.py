@@ -1,29 +1,19 @@
-"""The socket, and what ties a managed server to its launcher. It comes first, so it imports nothing heavy."""
+"""The socket. It comes first, so it imports nothing heavy."""
 
 from __future__ import annotations
 
-import ctypes
 import errno
-import json
-import os
-import signal
 import socket
 import stat
-import sys
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from langchain_vllm_server.errors import StartError
 
 if TYPE_CHECKING:
-    import asyncio
-    from collections.abc import Callable
-
     from langchain_vllm_server.settings import Settings
 
 _BACKLOG = 2048
-_PR_SET_PDEATHSIG = 1
 
 
 def listen(settings: Settings) -> socket.socket:
@@ -56,37 +46,6 @@ def address(listener: socket.socket, settings: Settings) -> dict[str, str]:
         return {"url": f"{scheme}://localhost", "uds": str(name)}
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(name[0], name[0])
     return {"url": f"{scheme}://[{host}]:{name[1]}" if ":" in host else f"{scheme}://{host}:{name[1]}"}
-
-
-def announce(fd: int, where: dict[str, str]) -> None:
-    """Write the address as a line of JSON to the launcher's descriptor, and close it."""
-    try:
-        with os.fdopen(fd, "w") as stream:
-            stream.write(json.dumps(where) + "\n")
-    except OSError as error:
-        raise StartError(f"cannot write to --announce-fd {fd}: {error.strerror}") from None
-
-
-def die_with_parent() -> None:
-    """Have the kernel send SIGTERM when the thread that started this process is gone (Linux only)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
-
-
-def watch_parent(loop: asyncio.AbstractEventLoop, fd: int, gone: Callable[[], None]) -> None:
-    """Call `gone` when the pipe reaches its end: the kernel closes it, whatever the launcher died of."""
-
-    def read() -> None:
-        with suppress(BlockingIOError):
-            if not os.read(fd, 4096):
-                loop.remove_reader(fd)
-                gone()
-
-    try:
-        os.set_blocking(fd, False)
-        loop.add_reader(fd, read)
-    except OSError as error:
-        raise StartError(f"cannot watch --parent-fd {fd}: {error.strerror}") from None
 
 
 def _listen_unix(path: str) -> socket.socket:

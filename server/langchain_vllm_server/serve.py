@@ -19,7 +19,7 @@ import uvicorn
 from langchain_vllm_server.errors import StartError
 from langchain_vllm_server.gate import Gate, Progress
 from langchain_vllm_server.http_protocol import Http
-from langchain_vllm_server.listen import address, watch_parent
+from langchain_vllm_server.listen import address
 from langchain_vllm_server.logs import set_up_logging
 from langchain_vllm_server.middleware import wrap
 from langchain_vllm_server.owners import Owners
@@ -37,7 +37,7 @@ _GRACE_SECONDS = 2  # for the last bytes, after the engine was stopped
 
 
 def serve(settings: Settings, listener: socket.socket) -> int:
-    """Serve until a signal or the launcher's end; the exit code.
+    """Serve until a signal or the last owner's end; the exit code.
 
     Raises:
         CheckpointError, ValueError, MemoryError, OSError: The model could not be loaded.
@@ -118,8 +118,6 @@ class ServerProcess:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self.stop)
-        if self._settings.parent_fd is not None:
-            watch_parent(loop, self._settings.parent_fd, self.abandon)
         if self._settings.owners_fd is not None:
             about = {**address(self._listener, self._settings), "pid": os.getpid(), "model": self._settings.model}
             about |= {"engine": "bundled", "started": time.time()}
@@ -166,7 +164,7 @@ class ServerProcess:
         self.http.should_exit = True
 
     def abandon(self) -> None:
-        """The launcher or the last owner is gone, and with it every client: end at once."""
+        """The last owner is gone, and with it every client: end at once."""
         self.http.should_exit = self.http.force_exit = True
 
     def _load(self) -> asyncio.Future[Loaded]:

@@ -96,8 +96,6 @@ class Settings:
     max_log_len: int | None = None  # bytes
 
     shutdown_timeout: float = 5.0  # seconds
-    announce_fd: int | None = None
-    parent_fd: int | None = None
     owners_fd: int | None = None
     without_effect: tuple[str, ...] = ()  # flags given that change nothing
 

@@ -16,6 +16,8 @@ from tests.integration_tests.conftest import MODEL
 from tests.integration_tests.fakes import eventually
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from langchain_vllm import VLLMServer
 
 COMMAND = [sys.executable, "-m", "langchain_vllm.cli"]
@@ -74,17 +76,13 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(server: VLLMServer) -> None
     assert eventually(lambda: aborted_requests(server) > before, seconds=10)
 
 
-def test_serve_says_where_it_is() -> None:
-    read, write = os.pipe()
-    owner, lifeline = os.pipe()  # the server ends with this process, however it ends
+def test_serve_says_where_it_is(tmp_path: Path) -> None:
+    log = tmp_path / "log"
     command = [*COMMAND, "serve", MODEL, "--port", "0", "--max-model-len", "256"]
-    command += ["--announce-fd", str(write), "--parent-fd", str(owner)]
-    with open(lifeline, "wb"), subprocess.Popen(command, pass_fds=(write, owner), stderr=subprocess.DEVNULL) as process:
-        os.close(write)
-        os.close(owner)
-        with open(read) as announcement:
-            url = json.loads(announcement.readline())["url"]
+    with log.open("wb") as stderr, subprocess.Popen(command, stderr=stderr) as process:
         try:
+            assert eventually(lambda: "listening on " in log.read_text(), seconds=60)
+            (url,) = re.findall(r"listening on (\S+), loading", log.read_text())
             assert eventually(lambda: is_ready(url), seconds=60)
             with urlopen(f"{url}/version") as answer:
                 assert json.load(answer)["version"]

@@ -28,7 +28,7 @@ def head(body: bytes, length: int | None = None) -> bytes:
 
 
 def connect(process: Process) -> socket.socket:
-    url = httpx.URL(process.where["url"])
+    url = httpx.URL(process.about["url"])
     assert url.port is not None
     return socket.create_connection((url.host, url.port), timeout=10)
 
@@ -60,9 +60,9 @@ def certificate(tmp_path: Path) -> tuple[str, str]:
 def test_tls(certificate: tuple[str, str]) -> None:
     key, cert = certificate
     with server("load=0", "--port", "0", "--ssl-keyfile", key, "--ssl-certfile", cert) as process:
-        assert process.where["url"].startswith("https://127.0.0.1:")
+        assert process.about["url"].startswith("https://127.0.0.1:")
         context = ssl.create_default_context(cafile=cert)
-        with httpx.Client(base_url=process.where["url"], verify=context) as client:
+        with httpx.Client(base_url=process.about["url"], verify=context) as client:
             while client.get("/health").status_code != 200:
                 time.sleep(0.01)
             assert client.post(PATH, json={"prompt": "Hi", "max_tokens": 2}).json()["choices"][0]["text"] == "xx"
@@ -231,7 +231,7 @@ async def test_five_hundred_connections_at_the_same_time() -> None:
     with server("step=0.01,length=100", "--port", "0") as process:
         process.wait_ready()
         limits = httpx.Limits(max_connections=500, max_keepalive_connections=0)
-        async with httpx.AsyncClient(base_url=process.where["url"], limits=limits, timeout=60) as client:
+        async with httpx.AsyncClient(base_url=process.about["url"], limits=limits, timeout=60) as client:
             body = {"prompt": "Hi", "max_tokens": 5, "stream": True}
             answers = await asyncio.gather(*(client.post(PATH, json=body) for _ in range(500)))
         assert {answer.status_code for answer in answers} == {200}

@@ -26,28 +26,28 @@ ENDLESS = {"prompt": "Hi", "max_tokens": 4000, "stream": True}
 
 
 class Process:
-    """A server with an inherited announce pipe and a lifeline."""
+    """A server, and its only owner."""
 
     def __init__(self, *args: str, module: str = "tests.server.serve_fake") -> None:
-        announce_read, announce_write = os.pipe()
-        parent_read, self.lifeline = os.pipe()
-        command = [sys.executable, "-m", module, *args]
-        command += ["--announce-fd", str(announce_write), "--parent-fd", str(parent_read)]
-        self.popen = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-            stderr=subprocess.PIPE,
-            text=True,
-            pass_fds=(announce_write, parent_read),
-        )
-        os.close(announce_write)
-        os.close(parent_read)
-        with os.fdopen(announce_read) as announcement:
-            line = announcement.readline()
-        self.where = json.loads(line) if line else {}
-        transport = httpx.HTTPTransport(uds=self.where.get("uds"))
-        self.client = httpx.Client(base_url=self.where.get("url", ""), transport=transport, timeout=5)
+        self.owner = socket.socket(socket.AF_UNIX)
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind("")  # Linux chooses a name
+            listener.listen()
+            self.owner.connect(listener.getsockname())
+            self.popen = subprocess.Popen(
+                [sys.executable, "-m", module, *args, "--owners-fd", str(listener.fileno())],
+                cwd=ROOT,
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+                stderr=subprocess.PIPE,
+                text=True,
+                pass_fds=(listener.fileno(),),
+            )
+        try:
+            self.about = json.loads(self.owner.recv(4096))
+        except ConnectionResetError:  # it ended first
+            self.about = {}
+        transport = httpx.HTTPTransport(uds=self.about.get("uds"))
+        self.client = httpx.Client(base_url=self.about.get("url", ""), transport=transport, timeout=5)
 
     def wait_ready(self) -> None:
         while self.client.get("/health").status_code != 200:
@@ -60,8 +60,7 @@ class Process:
 
     def close(self) -> None:
         self.client.close()
-        if self.lifeline >= 0:
-            os.close(self.lifeline)
+        self.owner.close()
         if self.popen.poll() is None:
             self.popen.kill()
         self.popen.communicate()
@@ -100,7 +99,7 @@ def test_port_in_use_is_one_line_and_exit_code_1() -> None:
         with server("load=0", "--port", str(port)) as process:
             code, errors = process.end()
     assert code == 1
-    assert process.where == {}
+    assert process.about == {}
     assert len(errors.splitlines()) == 1
     assert f"127.0.0.1:{port} is in use" in errors
 
@@ -121,18 +120,16 @@ def test_a_model_that_cannot_be_loaded_is_one_line_and_exit_code_1() -> None:
 
 
 @pytest.mark.parametrize("load_seconds", [0, 30])
-def test_ends_when_the_launcher_is_gone(load_seconds: float) -> None:
+def test_ends_when_its_owner_is_gone(load_seconds: float) -> None:
     with server(f"load={load_seconds},step=0.01", "--port", "0") as process:
         if not load_seconds:
             process.wait_ready()
             with process.client.stream("POST", "/v1/completions", json=ENDLESS) as stream:
                 next(stream.iter_lines())
-                os.close(process.lifeline)
-                process.lifeline = -1
+                process.owner.close()
                 code, errors = process.end(2)
         else:
-            os.close(process.lifeline)
-            process.lifeline = -1
+            process.owner.close()
             code, errors = process.end(2)
         assert code == 0, errors
 
@@ -192,7 +189,7 @@ def test_unix_socket(tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as dead:
         dead.bind(str(path))  # left over by a server that was killed
     with server("load=0", "--uds", str(path)) as process:
-        assert process.where == {"url": "http://localhost", "uds": str(path)}
+        assert (process.about["url"], process.about["uds"]) == ("http://localhost", str(path))
         process.wait_ready()
         with server("load=0", "--uds", str(path)) as second:
             code, errors = second.end()

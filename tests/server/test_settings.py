@@ -33,7 +33,7 @@ def test_every_flag_reaches_its_setting() -> None:
         ' --generation-config vllm --override-generation-config {"top_k":3} --dtype bfloat16 --kv-cache-dtype half'
         " --device cpu --max-model-len 32k --max-num-seqs 7 --max-num-batched-tokens 99 --no-enable-prefix-caching"
         " --threads 3 --memory 4GiB --seed 9 --host 0.0.0.0 --port 0 --uds /tmp/s --api-key k --log-level debug"
-        " --disable-access-log --shutdown-timeout 1.5 --announce-fd 5 --parent-fd 6 --owners-fd 7 --chat-template {{x}}"
+        " --disable-access-log --shutdown-timeout 1.5 --owners-fd 7 --chat-template {{x}}"
     )
     assert parse_settings(line.split()) == Settings(
         model="m",
@@ -63,8 +63,6 @@ def test_every_flag_reaches_its_setting() -> None:
         log_level="debug",
         disable_uvicorn_access_log=True,
         shutdown_timeout=1.5,
-        announce_fd=5,
-        parent_fd=6,
         owners_fd=7,
     )
 

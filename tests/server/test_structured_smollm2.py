@@ -47,7 +47,7 @@ def process() -> Iterator[Process]:
 
 @pytest.fixture(scope="module")
 def client(process: Process) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{process.where['url']}/v1", api_key="none", max_retries=0) as made:
+    with openai.OpenAI(base_url=f"{process.about['url']}/v1", api_key="none", max_retries=0) as made:
         yield made
 
 

@@ -33,7 +33,7 @@ def client() -> Iterator[openai.OpenAI]:
     options = ("--port", "0", "--memory", "1GiB", "--max-model-len", "1k", "--served-model-name", "smollm2")
     with server(*options, module="langchain_vllm_server") as running:
         running.wait_ready()
-        with openai.OpenAI(base_url=f"{running.where['url']}/v1", api_key="none", max_retries=0) as made:
+        with openai.OpenAI(base_url=f"{running.about['url']}/v1", api_key="none", max_retries=0) as made:
             yield made
 
 
@@ -127,7 +127,7 @@ def test_reasoning_within_a_budget_then_json() -> None:
     }
     with server(*options, module="langchain_vllm_server") as running:
         running.wait_ready()
-        with openai.OpenAI(base_url=f"{running.where['url']}/v1", api_key="none", max_retries=0) as made:
+        with openai.OpenAI(base_url=f"{running.about['url']}/v1", api_key="none", max_retries=0) as made:
             whole = made.chat.completions.create(**body)
             chunks = list(made.chat.completions.create(**body, stream=True, stream_options={"include_usage": True}))
     message: Any = whole.choices[0].message
