@@ -1,14 +1,16 @@
-"""The real server with the default model, one for the session."""
+"""The real server with the default model, one for the session; or fake ones."""
 
 from __future__ import annotations
 
+import gc
 import os
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import pytest
 
-from langchain_vllm import ChatVLLM, VLLMServer
+from langchain_vllm import ChatVLLM, VLLMServer, _shared
+from tests.integration_tests.fakes import eventually, fake_command, reapers
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -37,3 +39,15 @@ def server() -> Iterator[VLLMServer | SimpleNamespace]:
 @pytest.fixture
 def llm(server: VLLMServer) -> ChatVLLM:
     return ChatVLLM(base_url=server.base_url, model=MODEL, temperature=0, max_tokens=24)
+
+
+@pytest.fixture
+def fake_servers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What `VLLMServer` starts is a fake, of which nothing may be left."""
+    monkeypatch.setattr(VLLMServer, "_command", fake_command)
+    monkeypatch.setattr(_shared, "KEEP_ALIVE_SECONDS", 0.1)
+    gc.collect()
+    before = reapers()
+    yield
+    gc.collect()
+    assert eventually(lambda: reapers() <= before), "a server was left"

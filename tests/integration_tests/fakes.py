@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
@@ -50,6 +51,11 @@ def eventually(condition: Callable[[], bool], seconds: float = 10.0) -> bool:
 
 def descriptors() -> int:
     return len(os.listdir("/proc/self/fd"))
+
+
+def reapers() -> int:
+    """Threads that wait for servers to end."""
+    return [thread.name for thread in threading.enumerate()].count("langchain-vllm-reaper")
 
 
 class Program:
