@@ -1,4 +1,5 @@
-// Test-only module _model_test: the whole forward on hand-made batches, every logit of every token.
+// Test-only module _model_test: the whole forward on hand-made batches, every logit of every token; and
+// _engine's Engine with the CUDA device that the tests have, emulated where there is no GPU.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/string.h>
@@ -9,11 +10,14 @@
 #include <cstdlib>
 
 #include "base/check.h"
+#include "cuda/make_cuda_device.h"
 #include "engine/engine.h"
 #include "model/weights.h"
 
 namespace nb = nanobind;
 using namespace engine;
+
+void bind_cuda_machine(nb::module_& m);
 
 namespace {
 
@@ -93,4 +97,12 @@ NB_MODULE(_model_test, m) {
            nb::arg("num_threads") = 2, nb::arg("num_blocks") = 64, nb::arg("max_tokens") = 512,
            nb::arg("exact") = true, nb::arg("device") = "cpu")
       .def("forward", &Model::forward, nb::arg("runs"));
+  m.def(
+      "Engine",
+      [](const ModelConfig& config, const TensorIndex& tensors, const EngineOptions& options,
+         Loading& loading) { return new Engine(config, tensors, options, loading); },
+      nb::arg("config"), nb::arg("tensors"), nb::arg("options"), nb::arg("loading"),
+      nb::rv_policy::take_ownership, nb::call_guard<nb::gil_scoped_release>());
+  m.def("cuda_problem", &cuda_problem);
+  bind_cuda_machine(m);
 }

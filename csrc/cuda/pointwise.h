@@ -9,6 +9,9 @@
 
 namespace engine::cuda {
 
+// Whether there is code for the current GPU; all kernels are compiled for the same ones.
+cudaError_t find_kernels();
+
 // `delta` (n, size) or null: added to x before.
 void norm_rows(cudaStream_t stream, Norm kind, float eps, const float* weight, const float* bias, float* x,
                const float* delta, float* out, int n, int size);

@@ -11,7 +11,10 @@ namespace engine::cuda {
 void cuda_check(cudaError_t error, const char* doing) {
   if (error == cudaSuccess) [[likely]]
     return;
-  throw std::runtime_error(std::string("CUDA: ") + doing + ": " + cudaGetErrorString(error));
+  // Of these a process does not recover: its memory on the GPU is gone.
+  throw std::runtime_error(std::string("CUDA: ") + doing + ": " + cudaGetErrorString(error) +
+                           "; start the server again, and if that fails look at nvidia-smi and the system's "
+                           "log, or take --device cpu");
 }
 
 DeviceMemory::DeviceMemory(size_t bytes) : bytes_(bytes) {

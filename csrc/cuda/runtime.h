@@ -10,7 +10,7 @@
 
 namespace engine::cuda {
 
-// Throws std::runtime_error "CUDA: <doing>: <error>"; out of memory is an InputError.
+// Throws std::runtime_error "CUDA: <doing>: <error>; <remedy>".
 void cuda_check(cudaError_t error, const char* doing);
 
 // Bytes of the device's memory.

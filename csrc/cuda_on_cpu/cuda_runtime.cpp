@@ -17,10 +17,15 @@ constexpr int kRuntimeVersion = 13000;
 std::unordered_map<void*, size_t> allocated;  // and its bytes
 
 cudaError_t health() {
+  if (machine.calls_until_lost > 0 && --machine.calls_until_lost == 0) machine.lost = true;
   return machine.lost ? cudaErrorIllegalAddress : cudaSuccess;
 }
 
 }  // namespace
+
+cudaError_t cuda_on_cpu::launch_problem() {
+  return machine.has_code ? health() : cudaErrorNoKernelImageForDevice;
+}
 
 const char* cudaGetErrorString(cudaError_t error) {
   switch (error) {
@@ -30,6 +35,8 @@ const char* cudaGetErrorString(cudaError_t error) {
       return "out of memory";
     case cudaErrorInsufficientDriver:
       return "CUDA driver version is insufficient for CUDA runtime version";
+    case cudaErrorInvalidDeviceFunction:
+      return "invalid device function";
     case cudaErrorNoDevice:
       return "no CUDA-capable device is detected";
     case cudaErrorNoKernelImageForDevice:

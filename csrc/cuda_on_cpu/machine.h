@@ -1,7 +1,9 @@
 // The machine that the emulated runtime pretends to be, for tests of what happens on others.
 #pragma once
 
+#include <atomic>
 #include <cstddef>
+#include <cstdint>
 
 namespace cuda_on_cpu {
 
@@ -11,7 +13,9 @@ struct Machine {
   int major = 9, minor = 0;  // compute capability
   size_t total_bytes = size_t{1} << 30;
   size_t used_bytes = 0;
-  bool lost = false;  // every call from now on fails
+  bool has_code = true;                       // the kernels were compiled for it
+  std::atomic<bool> lost = false;             // every call from now on fails
+  std::atomic<int64_t> calls_until_lost = 0;  // 0: it stays
 };
 
 inline Machine machine;

@@ -9,7 +9,6 @@
 #include <string>
 #include <vector>
 
-#include "cuda_on_cpu/machine.h"
 #include "intrinsics.cuh"
 
 namespace nb = nanobind;
@@ -177,21 +176,7 @@ void schedule_cuda_like(int num_threads) {
 }
 
 void bind_cuda_on_cpu(nb::module_& m) {
-  using cuda_on_cpu::machine;
-  m.attr("cuda_is_emulated") = true;
   m.def("run_cuda", &run);
   m.def("mma", &mma);
   m.def("schedule_cuda_like", &schedule_cuda_like);
-  m.def(
-      "set_cuda_machine",
-      [](int driver, int devices, int major, int minor, size_t bytes, bool lost) {
-        machine.driver_version = driver;
-        machine.num_devices = devices;
-        machine.major = major;
-        machine.minor = minor;
-        machine.total_bytes = bytes;
-        machine.lost = lost;
-      },
-      nb::arg("driver") = 13000, nb::arg("devices") = 1, nb::arg("major") = 9, nb::arg("minor") = 0,
-      nb::arg("bytes") = size_t{1} << 30, nb::arg("lost") = false);
 }

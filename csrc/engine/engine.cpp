@@ -70,9 +70,9 @@ Engine::Engine(const ModelConfig& config, const TensorIndex& tensors, const Engi
   device_ = make_device(options_.device, options_.num_threads,
                         options_.exact ? Arithmetic::EXACT : Arithmetic::INT8);
   const auto available = static_cast<int64_t>(device_->memory_available());
-  require(options_.memory_bytes <= available, "the engine may use " + mib(options_.memory_bytes) +
-                                                  " of memory, but only " + mib(available) +
-                                                  " are available: lower --memory");
+  require(options_.memory_bytes <= available,
+          "the engine may use " + mib(options_.memory_bytes) + " of memory, but only " + mib(available) +
+              " are available on " + device_->name() + ": lower --memory");
   const int64_t memory =
       options_.memory_bytes > 0 ? options_.memory_bytes : static_cast<int64_t>(device_->memory_default());
   // A step never runs more sequences than tokens, and never samples more rows than sequences. Prompts are
@@ -85,8 +85,8 @@ Engine::Engine(const ModelConfig& config, const TensorIndex& tensors, const Engi
   const int64_t loaded = loaded_bytes(tensors, options_.weight_format);
   require(loaded + activations < memory,
           "the weights (" + mib(loaded) + ") and activations (" + mib(activations) + ") do not fit in " +
-              mib(memory) +
-              " of memory: raise --memory, lower --max-num-batched-tokens or take a smaller model");
+              mib(memory) + " of memory on " + device_->name() +
+              ": raise --memory, lower --max-num-batched-tokens or take a smaller model");
 
   Weights weights = load_weights(config_, tensors, options_.weight_format, *device_, loading);
   weight_bytes_ = weights.bytes();

@@ -104,10 +104,15 @@ class AsyncEngine:
         engine: `_engine.Engine`, or what behaves like it.
         new_params: `_engine.SamplingParams`.
         limits: Beyond them requests are refused.
+        died: Called once with the reason when the engine has ended by itself; requests are answered before.
     """
 
     def __init__(
-        self, engine: Engine, new_params: Callable[[], SamplingParams], limits: QueueLimits = QueueLimits()
+        self,
+        engine: Engine,
+        new_params: Callable[[], SamplingParams],
+        limits: QueueLimits = QueueLimits(),
+        died: Callable[[str], None] | None = None,
     ) -> None:
         self.rejections = Counter(dict.fromkeys(("queued_reqs", "queued_tokens"), 0))
         self._limits = limits
@@ -118,6 +123,7 @@ class AsyncEngine:
         self._masks = MaskThread(engine)
         self._routes: dict[int, tuple[EventStream, int]] = {}
         self._busy_since = 0.0
+        self._died = died
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(engine.fileno(), self._drain)
 
@@ -164,6 +170,7 @@ class AsyncEngine:
             raise BadRequestError(str(error)) from None
         except RuntimeError as error:
             stream.close()
+            self._tell_if_dead()
             raise EngineError(str(error)) from None
         return stream
 
@@ -234,7 +241,19 @@ class AsyncEngine:
         stream.add(index, request_id)
 
     def _drain(self) -> None:
-        for event in self._engine.drain():
+        events = self._engine.drain()
+        self._route(events)
+        if any(event.finish == "error" for event in events):
+            self._tell_if_dead()
+
+    def _tell_if_dead(self) -> None:
+        stats, died = self._engine.stats(), self._died
+        if died is not None and not stats.alive:
+            self._died = None
+            self._loop.call_soon(died, stats.error)
+
+    def _route(self, events: Sequence[Event]) -> None:
+        for event in events:
             route = self._routes.get(event.request_id)
             self._prefilling.pop(event.request_id, None)
             if route is None:

@@ -57,7 +57,7 @@ def serve(settings: Settings, listener: socket.socket) -> int:
         logging.shutdown()
         sys.stderr.flush()
         os._exit(0)
-    return 0
+    return process.exit_code
 
 
 def _allow_connections() -> None:
@@ -86,6 +86,7 @@ class ServerProcess:
         self._thread: threading.Thread | None = None
         self._owners: Owners | None = None
         self._stopping = False
+        self.exit_code = 0
         self.http = HttpServer(
             uvicorn.Config(
                 wrap(self._gate, settings),
@@ -203,7 +204,7 @@ class ServerProcess:
 
         model, engine = loaded.model, loaded.engine
         limits = QueueLimits(self._settings.max_num_queued_reqs, self._settings.max_num_queued_tokens)
-        self._engine = AsyncEngine(engine, SamplingParams, limits)
+        self._engine = AsyncEngine(engine, SamplingParams, limits, self._died)
         metrics = Metrics(model.names[0], model.max_model_len)
         self._gate.app = create_app(Service(model, self._engine, metrics), docs=not self._settings.disable_fastapi_docs)
         logger.info(
@@ -214,6 +215,13 @@ class ServerProcess:
             engine.weight_bytes >> 20,
             model.max_model_len,
         )
+
+    def _died(self, why: str) -> None:
+        """The engine has ended: owners start another server, whoever else is there reads it from /health."""
+        logger.error("the engine has failed: %s", why)
+        if self._owners is not None and not self._stopping:
+            self.exit_code = 1
+            self.stop()
 
     def _stop_engine(self) -> None:
         engine, self._engine = self._engine, None

@@ -38,14 +38,18 @@ CHATML = (
 )
 
 
-def byte_tokenizer() -> Tokenizer:
+def byte_backend() -> tokenizers.Tokenizer:
     """One token per byte, and three special ones."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = tokenizers.Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens(["<|endoftext|>", "<|im_start|>", EOS])
-    return Tokenizer(backend, {"eos_token": EOS})
+    return backend
+
+
+def byte_tokenizer() -> Tokenizer:
+    return Tokenizer(byte_backend(), {"eos_token": EOS})
 
 
 LETTERS = byte_tokenizer().encode("abcdefgh")

@@ -134,6 +134,40 @@ def test_ends_when_its_owner_is_gone(load_seconds: float) -> None:
         assert code == 0, errors
 
 
+def test_ends_when_its_engine_has_died() -> None:
+    with server("step=0.01,length=4000,die=0.1", "--port", "0") as process:
+        process.wait_ready()
+        lines: list[str] = []
+        lines_of(process, ENDLESS, lines, threading.Event())
+        assert "Generation failed: cosmic ray" in lines[-2]
+        code, errors = process.end()
+        assert process.owner.recv(100) == b"ends\n"
+    assert code == 1
+    assert "the engine has failed: cosmic ray" in errors
+    assert "Traceback" not in errors
+
+
+def test_without_owners_it_stays_and_says_that_its_engine_has_died(tmp_path: Path) -> None:
+    path = str(tmp_path / "socket")
+    command = [sys.executable, "-m", "tests.server.serve_fake", "step=0.01,length=4000,die=0.1", "--uds", path]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    with (
+        subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True) as popen,
+        httpx.Client(base_url="http://localhost", transport=httpx.HTTPTransport(uds=path)) as client,
+    ):
+        assert popen.stderr is not None
+        next(line for line in popen.stderr if "listening on" in line)
+        while client.get("/health").status_code != 200:
+            time.sleep(0.01)
+        assert "cosmic ray" in client.post("/v1/completions", json=ENDLESS).text
+        health, later = client.get("/health"), client.post("/v1/completions", json={"prompt": "Hi"})
+        popen.terminate()
+        _, errors = popen.communicate(timeout=5)
+    assert (health.status_code, health.json()["error"]) == (503, "cosmic ray")
+    assert (later.status_code, "cosmic ray" in later.text) == (500, True)
+    assert (popen.returncode, errors.count("the engine has failed: cosmic ray")) == (0, 1)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signals_end_it_while_it_loads(number: signal.Signals) -> None:
     with server("load=30", "--port", "0") as process:

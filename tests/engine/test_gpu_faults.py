@@ -1,0 +1,164 @@
+"""What may go wrong with a GPU, through the engine and the application: an emulated one that fails when told to."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import json
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import httpx
+import pytest
+
+from langchain_vllm_server import _engine, _model_test
+from langchain_vllm_server.app import create_app
+from langchain_vllm_server.async_engine import AsyncEngine
+from langchain_vllm_server.checkpoint import load_checkpoint
+from langchain_vllm_server.engine_config import to_engine
+from langchain_vllm_server.gate import Progress
+from langchain_vllm_server.generation import Service
+from langchain_vllm_server.load import load
+from langchain_vllm_server.metrics import Metrics
+from langchain_vllm_server.settings import parse_settings
+from tests.emulated_gpu import emulated, machine, make_model
+from tests.engines import Client
+from tests.server.fakes import sse_data
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+pytestmark = emulated
+SMALL = {"max_num_batched_tokens": 16, "max_num_seqs": 4, "max_model_len": 64}
+REMEDY = "start the server again, and if that fails look at nvidia-smi and the system's log, or take --device cpu"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("byte-llama"))
+
+
+def make_engine(model: Path, **given: Any) -> _engine.Engine:
+    checkpoint = load_checkpoint(model)
+    options = _engine.EngineOptions()
+    for name, value in {"device": "cuda", "max_position": checkpoint.max_position, **SMALL, **given}.items():
+        setattr(options, name, value)
+    engine: _engine.Engine = _model_test.Engine(*to_engine(checkpoint), options, _engine.Loading())
+    return engine
+
+
+@contextmanager
+def client_of(engine: _engine.Engine) -> Iterator[Client]:
+    try:
+        yield Client(engine)
+    finally:
+        engine.stop()
+
+
+def assert_dead(client: Client, why: str) -> None:
+    """All that was asked has an answer, the engine says why it ended, and so does a request that comes later."""
+    assert {result.finish for result in client.wait(seconds=20)} <= {"length", "error"}
+    stats = client.engine.stats()
+    assert (stats.alive, stats.num_running, stats.num_waiting) == (False, 0, 0)
+    assert why in stats.error
+    with pytest.raises(RuntimeError, match="the engine has stopped: ") as raised:
+        client.submit([1])
+    assert why in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("properties", "error"),
+    [
+        ({"driver": 0}, "there is no NVIDIA driver here: install one, or take --device cpu"),
+        ({"driver": 12040}, "the NVIDIA driver knows CUDA 12.4, .*: update the driver, or take --device cpu"),
+        ({"devices": 0}, "no GPU is visible here: look at nvidia-smi and CUDA_VISIBLE_DEVICES, or take --device cpu"),
+        ({"major": 7, "minor": 5}, r"capability 7.5, the engine's kernels need 8.0 \(Ampere\) or later"),
+        (
+            {"major": 12, "has_code": False},
+            "12.0, for which the engine was not built: .*ARCHITECTURES=120, or take",
+        ),
+        ({"lost": True}, "CUDA does not start: an illegal .*: look at nvidia-smi, or take --device cpu"),
+    ],
+)
+def test_a_machine_that_cannot_run_it(model: Path, properties: dict[str, Any], error: str) -> None:
+    with machine(**properties):
+        with pytest.raises(ValueError, match=error):
+            make_engine(model)
+        with client_of(make_engine(model, device="auto")) as client:
+            assert client.engine.device_name.startswith("cpu (")
+            assert client.generate([1], max_tokens=2).finish == "length"
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "options", "error"),
+    [
+        (64 << 10, {}, r"the weights .* do not fit in 1 MiB of memory on cuda \(CUDA on CPU, 0 MiB\): raise --memory"),
+        (1 << 20, {"memory_bytes": 2 << 20}, r"but only 1 MiB are available on cuda \(.*\): lower --memory"),
+        (496 << 10, {}, "the key/value cache of one sequence of 64 tokens needs 1 MiB, but"),
+    ],
+)
+def test_too_little_memory_at_load(model: Path, num_bytes: int, options: dict[str, Any], error: str) -> None:
+    with machine(bytes=num_bytes), pytest.raises(ValueError, match=error):
+        make_engine(model, **options)
+
+
+def test_too_little_memory_at_work(model: Path) -> None:
+    """The scratch of the first step: something else has taken what the engine left for it."""
+    with machine(), client_of(make_engine(model)) as client:
+        _model_test.set_cuda_machine(bytes=_model_test.cuda_bytes_used())
+        for _ in range(3):
+            client.submit([1, 2, 3], max_tokens=4)
+        assert_dead(client, "out of GPU memory: a buffer takes 1 MiB; lower --memory")
+
+
+def test_lost_at_any_call(model: Path) -> None:
+    """A load that fails says so, an engine that runs answers everybody, and nothing of it stays on the GPU."""
+    ends, failures = [], []
+    for calls in (1, 2, 3, 5, 8, 13, 21, 34, 55, 89, 144, 233, 377, 610, 987):
+        with machine(calls_until_lost=calls):
+            try:
+                engine = make_engine(model)
+            except (RuntimeError, ValueError) as error:
+                failures.append(str(error))
+                ends.append("load")
+            else:
+                with client_of(engine) as client:
+                    for i in range(6):  # more than run at once
+                        client.submit([i] * 20, max_tokens=8)
+                    if all(result.finish == "length" for result in client.wait(seconds=60)):
+                        ends.append("answers")
+                    else:
+                        assert_dead(client, REMEDY)
+                        ends.append("run")
+                del client
+                del engine
+        gc.collect()
+        assert _model_test.cuda_bytes_used() == 0
+    assert all("CUDA" in failure and "take --device cpu" in failure for failure in failures)
+    assert set(ends) >= {"load", "run"}
+    assert ends == sorted(ends, key=["load", "run", "answers"].index)
+
+
+async def test_the_application_of_a_lost_gpu(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_engine, "Engine", _model_test.Engine)
+    loaded = load(parse_settings([str(model), "--device", "cuda", "--memory", "8MiB"]), Progress())
+    deaths: list[str] = []
+    engine = AsyncEngine(loaded.engine, _engine.SamplingParams, died=deaths.append)
+    app = create_app(Service(loaded.model, engine, Metrics("tiny", loaded.model.max_model_len)))
+    body = {"prompt": "a", "max_tokens": 120, "ignore_eos": True}
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://server", timeout=60) as client:
+        with machine():
+            asked = [asyncio.create_task(client.post("/v1/completions", json={**body, "stream": s})) for s in (0, 1)]
+            while engine.stats().generation_tokens < 2:  # noqa: ASYNC110
+                await asyncio.sleep(0.001)
+            _model_test.set_cuda_machine(lost=True)
+            whole, stream = await asyncio.gather(*asked)
+            health, later = await client.get("/health"), await client.post("/v1/completions", json=body)
+    assert (whole.status_code, health.status_code, later.status_code) == (500, 503, 500)
+    *_, error, done = sse_data(stream.text)
+    messages = [whole.json()["error"]["message"], json.loads(error)["error"]["message"]]
+    messages += [health.json()["error"], later.json()["error"]["message"], *deaths]
+    assert all("CUDA: " in message and REMEDY in message for message in messages), messages
+    assert (done, len(deaths)) == ("[DONE]", 1)
+    engine.stop()
