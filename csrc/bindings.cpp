@@ -13,6 +13,7 @@
 
 #include "base/check.h"
 #include "base/quant.h"
+#include "cuda/make_cuda_device.h"
 #include "engine/engine.h"
 
 namespace nb = nanobind;
@@ -258,6 +259,7 @@ NB_MODULE(_engine, m) {
   bind_requests(m);
   bind_engine(m);
   m.def("dequantize", &dequantize, nb::arg("format"), nb::arg("data"), nb::arg("count"));
+  m.def("cuda_problem", &cuda_problem);
   m.attr("KV_BLOCK_SIZE") = kBlockSize;
   m.attr("__version__") = ENGINE_VERSION;
 }

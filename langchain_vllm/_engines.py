@@ -17,6 +17,7 @@ Engine = Literal["bundled", "vllm"]
 
 _SERVER_PACKAGES = ("starlette", "uvicorn", "tokenizers", "jinja2", "msgspec", "orjson", "regex", "llguidance")
 _BUNDLED_ONLY = {
+    "device": 'env={"CUDA_VISIBLE_DEVICES": …}',
     "threads": 'env={"VLLM_CPU_OMP_THREADS_BIND": …}, on a CPU',
     "memory": 'gpu_memory_utilization=…, or env={"VLLM_CPU_KVCACHE_SPACE": …} on a CPU',
 }

@@ -83,6 +83,9 @@ class VLLMServer:
         dtype: "float32", "bfloat16", "float16" or "auto".
         quantization: "int8" or "int4" rounds float weights so while they load.
         seed: Seed for requests that have none.
+        device: "cuda": a GPU, and an error where none can be used; "cpu"; or "auto", the default: a GPU if one can be
+            used, else the CPU, also when a server is started again because its GPU was lost. Its log tells which, and
+            why no GPU.
         threads: CPU threads; by default one per core.
         memory: Limit for weights and KV cache, such as "4GiB".
         extra_args: Further command line arguments of `langchain-vllm serve`.
@@ -92,7 +95,7 @@ class VLLMServer:
         startup_timeout: Seconds that a start may stand still before it fails; with progress it may take any time, and
             a line in the log is progress.
         show_progress: Report loading; by default on a terminal and in a notebook.
-        engine: "bundled" is this package's, on the CPU; "vllm" is vLLM itself, which must be installed: for GPUs, and
+        engine: "bundled" is this package's; "vllm" is vLLM itself, which must be installed: for several GPUs, and
             with `distributed_executor_backend="ray"` for many machines.
         python: With "vllm": the interpreter that has it; by default this one, or else the program `vllm` on the PATH.
         options: With "vllm": any further flags of `vllm serve`, such as `tensor_parallel_size=2`,
@@ -116,6 +119,7 @@ class VLLMServer:
         dtype: str | None = None,
         quantization: str | None = None,
         seed: int | None = None,
+        device: str | None = None,
         threads: int | None = None,
         memory: str | None = None,
         extra_args: Sequence[str] = (),
@@ -142,6 +146,7 @@ class VLLMServer:
             "dtype": dtype,
             "quantization": quantization,
             "seed": seed,
+            "device": device,
             "threads": threads,
             "memory": memory,
         }

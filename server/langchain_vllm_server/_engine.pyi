@@ -160,5 +160,8 @@ class Engine:
 KV_BLOCK_SIZE: int
 __version__: str
 
+def cuda_problem() -> str:
+    """Why no GPU can be used here, with the remedy; empty if one can."""
+
 def dequantize(format: str, data: bytes, count: int) -> bytes:
     """`count` numbers of a row in `format` as little-endian f32: the scalar definition of the format."""

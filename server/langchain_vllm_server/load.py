@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from langchain_vllm_server.gate import Progress
     from langchain_vllm_server.settings import Settings
 
+logger = logging.getLogger(__name__)
+
 _FORMATS = {"float32": "F32", "float": "F32", "bfloat16": "BF16", "float16": "F16", "half": "F16"}
 _KV_FORMATS = {**_FORMATS, "int8": "INT8"}
 
@@ -48,6 +51,8 @@ def load(settings: Settings, progress: Progress) -> Loaded:
         ValueError: A setting cannot be met, such as a --max-model-len beyond the model's.
         MemoryError: There is too little memory.
     """
+    if settings.device == "auto" and (problem := _engine.cuda_problem()):
+        logger.info("the model runs on the CPU: %s", problem)
     progress.enter("finding the model")
     path = resolve_model(settings.model, settings.revision, settings.download_dir)
     progress.enter("reading the checkpoint")

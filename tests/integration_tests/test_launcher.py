@@ -133,14 +133,15 @@ class TestStartAndStop:
             "max_num_seqs": 4,
             "quantization": "int8",
             "seed": 7,
+            "device": "cpu",
             "threads": 1,
             "memory": "1GiB",
         }
         with VLLMServer("good", **options, served_model_name=["a", "b"], extra_args=["--revision", "main"]) as server:  # type: ignore[arg-type]
             assert eventually(lambda: bool(server.log_tail()))
             command = server.log_tail()
-        flags = "--max-model-len 512 --max-num-seqs 4 --quantization int8 --seed 7 --threads 1 --memory 1GiB"
-        assert flags in command
+        assert "--max-model-len 512 --max-num-seqs 4 --quantization int8 --seed 7" in command
+        assert "--device cpu --threads 1 --memory 1GiB" in command
         assert "--served-model-name a b" in command
         assert command.endswith("--revision main")
 

@@ -149,6 +149,11 @@ def test_the_program_on_the_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
         ({"engine": "tgi"}, ValueError, "engine='tgi' must be"),
         ({"tensor_parallel_size": 2}, TypeError, "VLLMServer has no tensor_parallel_size"),
         ({"engine": "vllm", "threads": 2}, ValueError, "threads= is of the bundled engine"),
+        (
+            {"engine": "vllm", "device": "cuda"},
+            ValueError,
+            "device= is of the bundled .*CUDA_VISIBLE_DEVICES",
+        ),
         ({"engine": "vllm", "memory": "1GiB"}, ValueError, "gpu_memory_utilization"),
         ({"python": sys.executable}, ValueError, 'python= is for engine="vllm"'),
     ],
