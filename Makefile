@@ -9,7 +9,7 @@ BUILD  := --no-build-isolation --config-settings=build-dir=build/native
 comma  := ,
 CPP     = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help demo test test-lowest lint format sanitize cuda-check test-cuda notebook bench clean
+.PHONY: help demo test test-lowest lint format sanitize cuda-check test-cuda notebook bench bench-cuda clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -45,6 +45,9 @@ notebook: $(VENV)/.tests $(VENV)/.model  ## execute the notebook and keep its ou
 
 bench: $(VENV)/.bench $(VENV)/.model  ## engines side by side; ARGS="--help" tells how, ARGS="--quick" whether it works
 	$(PYTHON) -m benchmarks.bench $(ARGS)
+
+bench-cuda: $(VENV)/.bench $(VENV)/.model  ## the same on a GPU, into benchmarks/cuda/
+	$(PYTHON) -m benchmarks.bench --device cuda $(ARGS)
 
 clean:  ## remove everything that was built
 	rm -rf $(VENV) build

@@ -131,17 +131,19 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("--models", type=Path, default=os.environ.get("BENCH_MODELS", HERE / "models"), help="the models' folder")
     add("--engines", default="", metavar="NAMES", help="families or engines, such as ours,llama.cpp:Q4_0; default: all")
-    add("--workloads", default="", metavar="NAMES", help="default: all")
+    add("--workloads", default="", metavar="NAMES", help="default: all that are of the device")
+    add("--device", default="cpu", choices=("cpu", "cuda"), help="what all engines run on")
     add("--repeats", type=int, default=3)
     add("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of each engine; default: one per core")
     add("--quick", action="store_true", help="one repeat with few, short requests: whether all works, not how fast")
     add("--out", type=Path, help="where measurements go; default: a new file in build/bench/")
     add("--resume", type=Path, metavar="FILE", help="go on with an interrupted run, started with the same options")
     add("--report-only", type=Path, metavar="FILE", help="measure nothing, render what an earlier run measured")
-    add("--results", type=Path, metavar="DIR", help="for RESULTS.md and serving.png; default: that of this file, or of "
-        "the measurements if --quick")  # fmt: skip
+    add("--results", type=Path, metavar="DIR", help="for RESULTS.md and serving.png; default: that of this file (its "
+        "cuda/ for --device cuda), or of the measurements if --quick")  # fmt: skip
     args = parser.parse_args(argv)
-    args.workloads = [name.strip() for name in args.workloads.split(",") if name.strip()] or everything
+    of_device = [name for name in everything if args.device == "cpu" or name not in growth.STUDIES]
+    args.workloads = [name.strip() for name in args.workloads.split(",") if name.strip()] or of_device
     if unknown := sorted({*args.workloads} - {*everything}):
         parser.error(f"no workload {', '.join(unknown)}; there are {', '.join(everything)}")
     if args.quick:
@@ -150,8 +152,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace, path: Path) -> None:
-    """Measure into the file."""
-    found = known.find_engines(args.models, args.threads)
+    """Measure into the file. Raises ValueError where there is nothing to measure, or nothing to measure it on."""
+    if args.device == "cuda" and (problem := machine.gpu_problem()):
+        raise ValueError(f"--device cuda: {problem}")
+    found = known.find_engines(args.models, args.threads, args.device)
     engines = known.select(found, args.engines)
     for engine in engines:
         _say(f"{engine.name}: {engine.missing or 'found'}")
@@ -160,7 +164,9 @@ def run(args: argparse.Namespace, path: Path) -> None:
     prompts = Prompts.of_model(str(known.readable_model(found)))
     journal = Journal(path)
     _say(f"measurements go to {path}")
-    journal.add("machine", date=f"{datetime.now():%Y-%m-%d}", quick=args.quick, **machine.describe(args.threads))
+    journal.add(
+        "machine", date=f"{datetime.now():%Y-%m-%d}", quick=args.quick, **machine.describe(args.threads, args.device)
+    )
     for engine in engines:
         commands = {setup.name: setup.shown() for setup in engine.setups}
         described = {} if engine.missing else {"version": engine.version(), "model_bytes": engine.model_bytes}
@@ -184,7 +190,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         _say(str(error))
         return 2
-    folder = args.results or (path.parent if args.quick else HERE)
+    home = HERE / "cuda" if args.device == "cuda" else HERE
+    folder = args.results or (path.parent if args.quick else home)
     print(report.write(Results(read(path)), folder))
     return 0
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from benchmarks.machine import HEAD_MACS, KV_BYTES, LAYER_MACS
@@ -85,6 +85,7 @@ ROWS = (
     Row("HTTP, 1 at once, output tokens/s", "serve_1", ("tokens_per_s",), _targets(2.5, 5, 3, 2.5)),
     Row("HTTP, 8 at once", "serve_8", ("tokens_per_s",), _targets(5, 5, 2.5, 2.2)),
     Row("HTTP, 32 at once", "serve_32", ("tokens_per_s",), _targets(5, 5, 2.2, 2.2)),
+    Row("HTTP, 256 at once", "serve_256", ("tokens_per_s",)),
     Row("HTTP, 8 at once, shared 1024-token prefix", "prefix_8", ("tokens_per_s",), _targets(7, 3, 2, None)),
     Row("1 at once: first token p50, p99, inter-token p99", "serve_1", LATENCY, _BETTER),
     Row("8 at once: first token p50, p99, inter-token p99", "serve_8", LATENCY, _BETTER),
@@ -93,6 +94,16 @@ ROWS = (
     Row("batch 1 beside one busy process, share of speed kept", "busy", ("kept",)),
     Row("memory under load, 32 at once", "serve_32", ("peak_memory",), _targets(2, 6, 6, 2)),
 )
+
+
+def is_of_gpu(results: Results) -> bool:
+    """For a GPU there are no targets yet, and processes' memory is not what counts."""
+    return any("gpu" in record for record in results.of_kind("machine"))
+
+
+def rows_of(results: Results) -> list[Row]:
+    """Those of which something was measured."""
+    return [row for row in ROWS if any(figure(results, e, row.workload, row.figures[0]) for e in results.engines())]
 
 
 def figure(results: Results, engine: str, workload: str, name: str) -> float | None:
@@ -113,6 +124,8 @@ def ratios(results: Results, row: Row, comparison: Comparison, exact: bool = Fal
     """For each of the row's figures; None where one of the two was not measured."""
     found = []
     target = EXACT_TARGET if exact and row.figures != ("kept",) else row.target(comparison.peer)
+    if is_of_gpu(results):
+        target = None
     for name in row.figures:
         mine = figure(results, comparison.ours, row.workload, name)
         theirs = figure(results, comparison.peer, row.workload, name)
@@ -146,13 +159,17 @@ def limits(results: Results, engine: str, row: Row) -> list[Limit]:
         ("serve_1", "tokens_per_s"): (_without_http,),
         ("serve_8", "tokens_per_s"): (_without_http,),
         ("serve_32", "tokens_per_s"): (_without_http, _serving_compute),
+        ("serve_256", "tokens_per_s"): (_without_http, _serving_compute),
         ("prefix_8", "tokens_per_s"): (_cached_prefix,),
         ("start", "first_token_s"): (_cold_start,),
         ("busy", "kept"): (_kept,),
         ("serve_32", "peak_memory"): (_memory,),
     }
+    if is_of_gpu(results):
+        del of_row["start", "first_token_s"], of_row["serve_32", "peak_memory"]
     found = [limit(results, engine, row.workload) for limit in of_row.get((row.workload, row.figures[0]), ())]
-    return [limit for limit in found if limit is not None]
+    known = [limit for limit in found if limit is not None]
+    return [replace(limit, at_least=None, at_most=None) for limit in known] if is_of_gpu(results) else known
 
 
 def _peak(results: Results, name: str) -> float | None:
@@ -185,12 +202,13 @@ def _serving_compute(results: Results, engine: str, workload: str) -> Limit | No
 
 
 def _compute(results: Results, engine: str, macs_per_s: float, at_least: float | None = None) -> Limit | None:
-    """What is not quantised is multiplied in f32, and has no target."""
+    """What is not quantised is multiplied in f32 (on a GPU, in bf16 parts of it), and has no target."""
     exact = engine == "ours:bf16"
-    peak = _peak(results, "fma_gmacs" if exact else "dot_gmacs")
+    name, of_exact = ("bf16_gmacs", "bf16 tensor-core") if is_of_gpu(results) else ("fma_gmacs", "f32")
+    peak = _peak(results, name if exact else "dot_gmacs")
     if not peak:
         return None
-    what = "of the f32 peak" if exact else "of the int8 dot-product peak"
+    what = f"of the {of_exact} peak" if exact else "of the int8 dot-product peak"
     return Limit(macs_per_s / 1e9 / peak, what, None if exact else at_least)
 
 

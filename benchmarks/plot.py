@@ -69,7 +69,7 @@ def _curve(results: Results, engine: str) -> dict[int, dict[str, float]]:
     for record in results.of_kind("growth"):
         if record["study"] == "sweep" and record["engine"] == engine:
             points |= {row["concurrency"]: row for row in record["rows"]}
-    for level in (1, 8, 32):
+    for level in (1, 8, 32, 256):
         found = {name: results.median(engine, f"serve_{level}", name) for name, _ in PANELS}
         known = {name: value for name, value in found.items() if value is not None}
         if len(known) == len(PANELS):

@@ -8,7 +8,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from benchmarks import plot
-from benchmarks.compare import EXACT, GGUF_AGAINST_INT8, QUANTISED, ROWS, figure, limits, ratios
+from benchmarks.compare import EXACT, GGUF_AGAINST_INT8, QUANTISED, ROWS, figure, is_of_gpu, limits, ratios, rows_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -33,8 +33,8 @@ SERVING = (
     ("inter-token p50 ms", "itl_p50"),
     ("p99", "itl_p99"),
 )
-LEVELS = {"serve_1": "1", "serve_8": "8", "serve_32": "32", "prefix_8": "8, shared prefix"}
-LEVELS |= {f"inprocess_{level}": f"{level}, no HTTP" for level in (1, 8, 32)}
+LEVELS = {"serve_1": "1", "serve_8": "8", "serve_32": "32", "serve_256": "256", "prefix_8": "8, shared prefix"}
+LEVELS |= {f"inprocess_{level}": f"{level}, no HTTP" for level in (1, 8, 32, 256)}
 MEASURED = """\
 Medians over the repeats, with the lowest and highest in parentheses. Each repeat starts every engine anew, one after
 the other; all get the same prompts, others in each repeat; greedy, exactly as many tokens as asked. Serving: 256 tokens
@@ -42,6 +42,10 @@ in, 128 out. The shared prefix has 1024 tokens, and 64 of each prompt's own foll
 page cache. Memory is the sum of Pss over an engine's processes. Of a peer with several setups, the best one counts,
 figure by figure. OpenVINO runs in-process: it is flattered by having no HTTP in its way. The load generator shares the
 cores with the engines."""
+ON_GPU = """\
+All engines ran on the GPU; memory is what their processes took beside it. Its limits are measured by loops of reads and
+of the matrix instructions that our kernels use; bf16 weights cost three of those, for activations are f32. There are no
+targets."""
 INTRODUCTION = """\
 How many times better ours is, with the target in parentheses and ✗ where it is missed. A GGUF is compared with the same
 GGUF; the other columns have ours on the bf16 checkpoint with `--quantization int8 --kv-cache-dtype int8`."""
@@ -57,6 +61,7 @@ def write(results: Results, folder: Path) -> str:
     sections = [
         "# Results",
         MEASURED,
+        ON_GPU if is_of_gpu(results) else "",
         comparisons,
         "![Throughput and latency over concurrency](serving.png)" if drawn else "",
         "## Where targets are missed\n\n" + WHY + "\n\n" + _bullets(misses(results)),
@@ -95,7 +100,7 @@ def ratio_table(results: Results, comparisons: Sequence[Comparison], *, exact: b
     """Ours ÷ peer in the shape of the targets; `machine` names the engine of the last column, the machine's limits."""
     head = ["work", *(comparison.title for comparison in comparisons), *(["the machine"] if machine else [])]
     rows = []
-    for row in ROWS:
+    for row in rows_of(results):
         cells = [_ratio_cell(results, row, comparison, exact) for comparison in comparisons]
         if machine:
             cells.append("; ".join(map(_limit, limits(results, machine, row))) or "–")
@@ -234,8 +239,11 @@ def _machine(results: Results) -> Iterator[str]:
             f"{record['cores']} cores, {record['threads']} threads for each engine, {record['memory_gib']} GiB, Linux "
             f"{record['kernel']}, Python {record['python']}; load average before the run {record['load_average']:.1f}"
         )
+        if gpu := record.get("gpu"):
+            yield f"GPU: {gpu}"
         if record["peaks"]:
-            peaks = {"dot_gmacs": "GMAC/s of int8 dot products", "fma_gmacs": "GMAC/s of f32", "read_gbs": "GB/s read"}
+            peaks = {"dot_gmacs": "GMAC/s of int8 dot products", "fma_gmacs": "GMAC/s of f32"}
+            peaks |= {"bf16_gmacs": "GMAC/s of bf16", "read_gbs": "GB/s read"}
             yield "limits, measured: " + ", ".join(
                 f"{number(record['peaks'][name])} {what}" for name, what in peaks.items() if name in record["peaks"]
             )

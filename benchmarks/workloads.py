@@ -45,13 +45,21 @@ WORKLOADS = {
         serving(1, 3),
         serving(8, 16),
         serving(32, 48),
+        serving(256, 512),
         Workload("prefix_8", 8, 16, 64, 128, prefix=1024),
         Workload("busy", 1, 3, 128, 128, beside_busy=True),
-        *(serving(c, n, "inprocess") for c, n in ((1, 3), (8, 16), (32, 48))),
+        *(serving(c, n, "inprocess") for c, n in ((1, 3), (8, 16), (32, 48), (256, 512))),
     )
 }
 WARM_UP = Workload("warm_up", 8, 8, 64, 8)
 
-ALONE = ("decode", "prefill_512", "prefill_2048", "serve_1", "busy")  # one request at a time
-SERVING = ("serve_8", "serve_32", "prefix_8")
-WITHOUT_HTTP = ("inprocess_1", "inprocess_8", "inprocess_32")  # the same load, by token ids
+# What is measured on a device: one request at a time; many; the same load by token ids.
+ALONE = {
+    "cpu": ("decode", "prefill_512", "prefill_2048", "serve_1", "busy"),
+    "cuda": ("decode", "prefill_512", "prefill_2048", "serve_1"),
+}
+SERVING = {"cpu": ("serve_8", "serve_32", "prefix_8"), "cuda": ("serve_32", "serve_256")}
+WITHOUT_HTTP = {
+    "cpu": ("inprocess_1", "inprocess_8", "inprocess_32"),
+    "cuda": ("inprocess_1", "inprocess_32", "inprocess_256"),
+}

@@ -16,6 +16,7 @@
 #include "base/quant.h"
 #include "cpu/linear.h"
 #include "cpu/peak.h"
+#include "cuda/peak.h"
 #include "test_device.h"
 
 namespace nb = nanobind;
@@ -173,6 +174,12 @@ std::map<std::string, double> bench_peaks(const std::string& isa, int threads) {
            best_rate(kBytes, [&](int i, int) { peak.read(data[static_cast<size_t>(i)].get(), kBytes); })}};
 }
 
+// Likewise of the GPU; emulated, it says nothing.
+std::map<std::string, double> bench_cuda_peaks(size_t bytes, int rounds) {
+  const cuda::Peaks peaks = cuda::measure_peaks(bytes, rounds);
+  return {{"read_gbs", peaks.read_gbs}, {"bf16_gmacs", peaks.bf16_gmacs}, {"dot_gmacs", peaks.dot_gmacs}};
+}
+
 }  // namespace
 }  // namespace engine
 
@@ -197,6 +204,8 @@ void bind_linear(nb::module_& m) {
   m.def("bench_linear", &bench_linear, "isa"_a, "format"_a, "rows"_a, "cols"_a, "n"_a, "threads"_a,
         "seconds"_a, "exact"_a, nb::call_guard<nb::gil_scoped_release>());
   m.def("bench_peaks", &bench_peaks, "isa"_a, "threads"_a, nb::call_guard<nb::gil_scoped_release>());
+  m.def("bench_cuda_peaks", &bench_cuda_peaks, "bytes"_a = size_t{1} << 30, "rounds"_a = 20'000,
+        nb::call_guard<nb::gil_scoped_release>());
   nb::class_<Linear>(m, "Linear")
       .def(nb::init<const std::string&, int, const std::vector<Source>&, const std::vector<float>&, bool,
                     const std::string&>(),

@@ -16,6 +16,25 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
+MACHINE = {
+    "kind": "machine",
+    "date": "2026-01-01",
+    "cpu": "C",
+    "family": "f",
+    "flags": [],
+    "cores": 2,
+    "threads": 2,
+    "memory_gib": 1,
+    "kernel": "6",
+    "python": "3",
+    "load_average": 0.0,
+    "peaks": {},
+    "forced_isa": "",
+    "quick": False,
+    "command": "bench --models /some/where/models",
+}
+
+
 def measurement(engine: str, workload: str, setup: str = "", **figures: float) -> dict[str, Any]:
     fields = {"engine": engine, "workload": workload, "setup": setup, "repeat": 0, "figures": figures}
     return {"kind": "measurement", **fields}
@@ -118,26 +137,9 @@ def test_a_limit_can_be_missed_on_either_side() -> None:
 
 
 def test_the_whole_report_of_little(tmp_path: Path) -> None:
-    machine = {
-        "kind": "machine",
-        "date": "2026-01-01",
-        "cpu": "C",
-        "family": "f",
-        "flags": [],
-        "cores": 2,
-        "threads": 2,
-        "memory_gib": 1,
-        "kernel": "6",
-        "python": "3",
-        "load_average": 0.0,
-        "peaks": {},
-        "forced_isa": "",
-        "quick": False,
-        "command": "bench --models /some/where/models",
-    }
     commands = {"": "/usr/bin/llama-server -m /some/where/model.gguf"}
     records = [
-        machine,
+        MACHINE,
         {"kind": "engine", "engine": "llama.cpp:Q4_0", "missing": "", "commands": commands, "version": "1 (abc)"},
         {"kind": "engine", "engine": "vllm:bf16", "missing": "there is no /some/where/bf16", "commands": {}},
         {"kind": "failure", "engine": "llama.cpp:Q4_0", "setup": "", "why": "TimeoutError: no answer"},
