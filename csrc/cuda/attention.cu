@@ -90,7 +90,7 @@ __device__ inline bool sees(const Heads& heads, int position, int key) {
   return key <= position && (heads.window == 0 || key > position - heads.window);
 }
 
-template <int kDim>
+template <class Kv, int kDim>
 __device__ void load_queries(const AttentionTile& tile, const Heads& heads, View<const float> qkv,
                              int kv_head, Room<kDim>& room) {
   for (int i = static_cast<int>(threadIdx.x); i < tile.rows * heads.head_dim; i += kThreads) {
@@ -101,6 +101,9 @@ __device__ void load_queries(const AttentionTile& tile, const Heads& heads, View
         qkv[static_cast<size_t>(token) * static_cast<size_t>(heads.qkv_size()) +
             static_cast<size_t>(head * heads.head_dim + d)];
   }
+  if constexpr (Kv::kScaled)
+    rotate_heads(room.q, 0, tile.rows, Share<kDim>::kPitch, heads.head_dim, static_cast<int>(threadIdx.x),
+                 kThreads, [] { __syncthreads(); });
 }
 
 // Scores of the partition's keys up to `end`, a block of the cache at a time.
@@ -119,7 +122,7 @@ __device__ void score(const AttentionTile& tile, const Heads& heads, const Cache
       const int row = i / kBlockSize, key = i % kBlockSize, position = position_of(tile, heads, row);
       float dot = 0;
       for (int d = 0; d < dim; ++d) dot = fmaf(room.q[row * pitch + d], room.k[key * pitch + d], dot);
-      dot *= heads.scale;
+      dot *= Kv::kScaled ? heads.scale * kv_scale(cache.memory, keys, dim, key) : heads.scale;
       const int key_position = block * kBlockSize + key;
       if (slopes) {
         const int head = kv_head * heads.group + (tile.first_row + row) % heads.group;
@@ -171,8 +174,10 @@ __device__ void add_values(const AttentionTile& tile, const Heads& heads, const 
   for (int r = 0; r < S::kRowsEach; ++r)
     for (int c = 0; c < S::kColsEach; ++c) acc[r][c] = 0;
   for (int key = begin; key < end; ++key) {
-    const size_t values = cache.keys(tile, key / kBlockSize, kv_head) +
-                          static_cast<size_t>((kBlockSize + key % kBlockSize) * heads.head_dim);
+    const int slot = key % kBlockSize;
+    const size_t keys = cache.keys(tile, key / kBlockSize, kv_head);
+    const size_t values = keys + static_cast<size_t>((kBlockSize + slot) * heads.head_dim);
+    const float scale = Kv::kScaled ? kv_scale(cache.memory, keys, heads.head_dim, kBlockSize + slot) : 1.0f;
     float value[S::kColsEach];
     for (int c = 0; c < S::kColsEach; ++c)
       value[c] =
@@ -180,7 +185,7 @@ __device__ void add_values(const AttentionTile& tile, const Heads& heads, const 
     for (int r = 0; r < S::kRowsEach; ++r) {
       const int row = S::row(r);
       if (row >= tile.rows || !sees(heads, position_of(tile, heads, row), key)) continue;
-      const float weight = room.weights[row * kPartition + key - begin];
+      const float weight = room.weights[row * kPartition + key - begin] * scale;
       for (int c = 0; c < S::kColsEach; ++c) acc[r][c] = fmaf(weight, value[c], acc[r][c]);
     }
   }
@@ -276,7 +281,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const AttentionTile tile = tiles[static_cast<size_t>(piece.tile)];
   const int kv_head = static_cast<int>(blockIdx.y);
   const int keys = position_of(tile, heads, tile.rows - 1) + 1;  // that the last row sees
-  load_queries<kDim>(tile, heads, qkv, kv_head, room);
+  load_queries<Kv, kDim>(tile, heads, qkv, kv_head, room);
   start_rows<kDim>(room);
   Sums<kDim> total = {};
   for (int p = piece.first_partition; p < piece.end_partition; ++p) {
@@ -335,6 +340,12 @@ void visit_dim(int head_dim, Visit visit) {
   visit.template operator()<kMaxHeadDim>();
 }
 
+size_t number_bytes(Format format) {
+  size_t bytes = 0;
+  visit_kv_format(format, [&]<class Kv>(Kv) { bytes = sizeof(typename Kv::Stored); });
+  return bytes;
+}
+
 template <class Kv>
 Cache<Kv> cache_of(const CudaKvCache& cache, const DeviceBatch& batch, const ModelConfig& config, int layer) {
   using Stored = typename Kv::Stored;
@@ -347,16 +358,14 @@ Cache<Kv> cache_of(const CudaKvCache& cache, const DeviceBatch& batch, const Mod
 }  // namespace
 
 size_t CudaKvCache::head_bytes(const ModelConfig& config, Format format) {
-  require(is_plain(format),
-          "a key/value cache of bytes is not to be had on a GPU yet: give --kv-cache-dtype f16 "
-          "or bf16");
   require(config.head_dim <= kMaxHeadDim, "on a GPU heads have at most " + std::to_string(kMaxHeadDim) +
                                               " numbers, not " + std::to_string(config.head_dim));
-  return row_bytes(format, 2 * kBlockSize * config.head_dim);
+  const size_t scales = format == Format::INT8 ? 2 * kBlockSize * sizeof(float) : 0;
+  return static_cast<size_t>(2 * kBlockSize * config.head_dim) * number_bytes(format) + scales;
 }
 
 CudaKvCache::CudaKvCache(const ModelConfig& config, Format cache_format, int32_t blocks)
-    : head_numbers(2 * kBlockSize * config.head_dim),
+    : head_numbers(static_cast<int64_t>(head_bytes(config, cache_format) / number_bytes(cache_format))),
       block_numbers(head_numbers * config.num_key_value_heads * config.num_hidden_layers) {
   require(blocks > 0, "a key/value cache needs at least one block, not " + std::to_string(blocks));
   const size_t heads =
@@ -373,12 +382,14 @@ size_t partial_numbers(int head_dim) {
 void attend(cudaStream_t stream, const ModelConfig& config, int layer, const DeviceBatch& batch,
             const DevicePlan& plan, const float* slopes, const float* qkv, const CudaKvCache& cache,
             float* out) {
+  const bool rotated = cache.format == Format::INT8;
   const Heads heads{config.num_attention_heads,
                     config.num_key_value_heads,
                     config.head_dim,
                     config.num_attention_heads / config.num_key_value_heads,
                     config.sliding_window.empty() ? 0 : config.sliding_window[static_cast<size_t>(layer)],
-                    config.attention_scale};
+                    rotated ? config.attention_scale / static_cast<float>(rotated_together(config.head_dim))
+                            : config.attention_scale};
   const size_t tokens = static_cast<size_t>(batch.num_tokens);
   const View<const AttentionTile> tiles(plan.tiles, static_cast<size_t>(plan.num_tiles));
   const View<float> partials(plan.partials, plan.partial_numbers);

@@ -20,7 +20,7 @@ inline constexpr int kTileRows = 16;  // queries of one key/value head that shar
 inline constexpr int kMaxHeadDim = 256;
 
 // In memory: (block, layer, key/value head) → keys (kBlockSize, head_dim), then values (kBlockSize,
-// head_dim).
+// head_dim), then if they are bytes f32 scales of keys and of values (2, kBlockSize).
 class CudaKvCache : public KvCache {
  public:
   CudaKvCache(const ModelConfig& config, Format format, int32_t num_blocks);

@@ -7,7 +7,7 @@
 namespace engine::cuda {
 namespace {
 
-constexpr int kThreads = 128;
+constexpr int kThreads = 128, kWarps = kThreads / kWarpSize;
 
 // Angles in f32 (position * inv_freq) and then cos and sin, as transformers computes them.
 __global__ void rotation_kernel(View<const int32_t> positions, View<const float> inv_freq, float factor,
@@ -48,26 +48,72 @@ __device__ void rotate_row(View<float> row, View<const float> cos_sin, const Rop
   }
 }
 
-// A block for each token.
+// A head of the cache in the block that its token belongs to.
+template <class Kv>
+struct Place {
+  View<typename Kv::Stored> numbers;  // (2, kBlockSize, head_dim) keys and values, and their scales
+  int slot, head_dim;
+
+  __device__ void store(bool value, int d, float x) const {
+    numbers[static_cast<size_t>(((value ? kBlockSize : 0) + slot) * head_dim + d)] = Kv::store(x);
+  }
+  __device__ void store_scale(bool value, float scale) const {
+    const int index = (value ? kBlockSize : 0) + slot;
+    numbers.store(static_cast<size_t>(2 * kBlockSize * head_dim + 4 * index), scale);
+  }
+};
+
+using Scratch = Shared<float, kWarps * kMaxHeadDim>;
+
+// A warp rounds a head to bytes: 127 / largest, to nearest even; numbers below 2^-100 count as zeros; what is
+// no number makes the scale none.
+template <class Kv>
+__device__ void store_bytes(const Place<Kv>& place, View<const float> head, bool value, Scratch& scratch) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
+  const int mine = static_cast<int>(threadIdx.x) / kWarpSize * kMaxHeadDim;
+  __syncwarp();  // the last head has been read
+  for (int d = lane; d < place.head_dim; d += kWarpSize) scratch[mine + d] = head[static_cast<size_t>(d)];
+  if (!value) rotate_heads(scratch, mine, 1, 0, place.head_dim, lane, kWarpSize, [] { __syncwarp(); });
+  __syncwarp();
+  float most = 0, poison = 0;
+  for (int d = lane; d < place.head_dim; d += kWarpSize) {
+    const float x = scratch[mine + d];
+    most = fmaxf(most, fabsf(x));
+    poison += x - x;
+  }
+  most = warp_max(most);
+  poison = warp_sum(poison);
+  const float inverse = most > 0x1p-100f && poison == 0 ? 127 / most : 0;
+  for (int d = lane; d < place.head_dim; d += kWarpSize)
+    place.store(value, d, poison == 0 ? scratch[mine + d] * inverse : 0);
+  if (lane == 0) place.store_scale(value, most * (1 / 127.0f) + poison);
+}
+
+// A block for each token, a warp for each head's key or value.
 template <class Kv>
 __global__ void rope_store_kernel(View<float> qkv, View<const float> cos_sin, View<const int64_t> slots,
                                   View<typename Kv::Stored> cache, RopeShape shape, int64_t block_numbers,
                                   int64_t head_numbers, int64_t layer_start) {
+  __shared__ Scratch scratch;
   const size_t token = blockIdx.x;
-  const int q_size = shape.q_heads * shape.head_dim, kv_size = shape.kv_heads * shape.head_dim;
-  const int row_size = q_size + 2 * kv_size;
+  const int row_size = (shape.q_heads + 2 * shape.kv_heads) * shape.head_dim;
   const View<float> row = qkv.from(token * static_cast<size_t>(row_size));
   if (shape.clip > 0) clip_row(row, row_size, shape.clip);
   __syncthreads();
   if (shape.half > 0) rotate_row(row, cos_sin.from(token * static_cast<size_t>(2 * shape.half)), shape);
   __syncthreads();
   const int64_t block = slots[token] / kBlockSize, slot = slots[token] % kBlockSize;
-  for (int i = static_cast<int>(threadIdx.x); i < kv_size; i += kThreads) {
-    const int head = i / shape.head_dim, d = i % shape.head_dim;
-    const int64_t key = block * block_numbers + layer_start + head * head_numbers + slot * shape.head_dim + d;
-    const int64_t value = key + kBlockSize * shape.head_dim;
-    cache[static_cast<size_t>(key)] = Kv::store(row[static_cast<size_t>(q_size + i)]);
-    cache[static_cast<size_t>(value)] = Kv::store(row[static_cast<size_t>(q_size + kv_size + i)]);
+  for (int i = static_cast<int>(threadIdx.x) / kWarpSize; i < 2 * shape.kv_heads; i += kWarps) {
+    const bool value = i >= shape.kv_heads;
+    const int64_t start = block * block_numbers + layer_start + i % shape.kv_heads * head_numbers;
+    const Place<Kv> place{cache.from(static_cast<size_t>(start)), static_cast<int>(slot), shape.head_dim};
+    const View<const float> head = row.from(static_cast<size_t>((shape.q_heads + i) * shape.head_dim));
+    if constexpr (Kv::kScaled) {
+      store_bytes(place, head, value, scratch);
+    } else {
+      for (int d = static_cast<int>(threadIdx.x) % kWarpSize; d < shape.head_dim; d += kWarpSize)
+        place.store(value, d, head[static_cast<size_t>(d)]);
+    }
   }
 }
 

@@ -107,7 +107,7 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
             quantization,
             "{int8,int4}",
         ),
-        Flag("--kv-cache-dtype", "of the KV cache; int8: attend in integers", (*_FLOATS, "int8")),
+        Flag("--kv-cache-dtype", "of the KV cache; int8: attend in integers, on a CPU", (*_FLOATS, "int8")),
         Flag("--device", "where the model runs; auto: on a GPU if one can be used", ("auto", "cpu", "cuda")),
         Flag("--max-model-len", "prompt and answer together: 4096, 32k or auto (0)", model_len, "TOKENS"),
         Flag("--max-num-seqs", "sequences that run at the same time, default 256", integer(1), "N"),

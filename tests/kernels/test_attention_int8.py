@@ -9,8 +9,9 @@ import pytest
 
 from langchain_vllm_server import _kernels_test
 from tests.kernels.test_attention import BITS, F32, F64, HEADS, ISAS, PARTITION, Run, U, config, random_qkv
+from tests.kernels.weights import DEVICES, few
 
-every_isa = pytest.mark.parametrize("isa", ISAS)
+every_isa = pytest.mark.parametrize("isa", DEVICES)
 
 
 def hadamard(x: F32) -> tuple[F32, int]:
@@ -36,25 +37,31 @@ def as_bytes(x: F32) -> tuple[F64, F32]:
     return np.rint(x * inverse).astype(np.float64), most * np.float32(1 / np.float32(127))
 
 
-def reference(cfg: dict[str, Any], qkv: F32) -> tuple[F64, F64]:
+def reference(cfg: dict[str, Any], qkv: F32, in_integers: bool) -> tuple[F64, F64]:
     """Attention in float64 over the bytes, and how far off the kernel may be.
 
-    Beyond the roundings of f32 (two products for a score; see test_attention.reference for the rest), a weight times
-    its value's scale is rounded to a byte: off by half a step, a step being a 255th of the largest in its partition.
+    In integers queries are bytes, too, and beyond the roundings of f32 (two products for a score; see
+    test_attention.reference for the rest) a weight times its value's scale is rounded to a byte: off by half a step, a
+    step being a 255th of the largest in its partition. Otherwise sums are in f32 instead, and that is all.
     """
     heads, kv_heads, dim = cfg["num_attention_heads"], cfg["num_key_value_heads"], cfg["head_dim"]
     n, window = len(qkv), cfg.get("sliding_window", [0])[0]
     q, k, v = np.split(qkv, [heads * dim, (heads + kv_heads) * dim], axis=1)
     rotated_q, gain = hadamard(q.reshape(n, heads, dim))
     rotated_k, _ = hadamard(k.reshape(n, kv_heads, dim))
-    q_bytes, q_scales = as_bytes(rotated_q)
     k_bytes, k_scales = as_bytes(rotated_k)
     v_bytes, v_scales = as_bytes(v.reshape(n, kv_heads, dim))
     repeat = heads // kv_heads
     k64 = np.repeat(k_bytes * k_scales, repeat, axis=1)
     v_bytes, v_scales = np.repeat(v_bytes, repeat, axis=1), np.repeat(v_scales, repeat, axis=1)[..., 0]
-    scores = np.einsum("qhd,khd->hqk", q_bytes * q_scales, k64) * (cfg["attention_scale"] / gain)
-    error = np.abs(scores) * 8 * U
+    scale = cfg["attention_scale"] / gain
+    if in_integers:
+        q_bytes, q_scales = as_bytes(rotated_q)
+        scores = np.einsum("qhd,khd->hqk", q_bytes * q_scales, k64) * scale
+        error = np.abs(scores) * 8 * U
+    else:
+        scores = np.einsum("qhd,khd->hqk", rotated_q.astype(np.float64), k64) * scale
+        error = np.einsum("qhd,khd->hqk", np.abs(rotated_q), np.abs(k64)) * scale * (dim + 8) * U
     distance = np.arange(n)[None, :] - np.arange(n)[:, None]
     if "alibi_slopes" in cfg:
         bias = np.array(cfg["alibi_slopes"], np.float32)[:, None, None] * distance
@@ -68,7 +75,7 @@ def reference(cfg: dict[str, Any], qkv: F32) -> tuple[F64, F64]:
     out = np.einsum("hqk,khd->qhd", scaled, v_bytes)
     relative = 2 * error + (PARTITION + 4 * n / PARTITION + 20) * U
     bound = np.einsum("hqk,khd->qhd", scaled * relative, np.abs(v_bytes))
-    for start in range(0, n, PARTITION):
+    for start in range(0, n, PARTITION) if in_integers else []:
         part = slice(start, start + PARTITION)
         step = scaled[:, :, part].max(axis=2) / 255 * (1 + relative[:, :, 0])
         seen = (~masked[:, part]).astype(np.float64)
@@ -76,8 +83,8 @@ def reference(cfg: dict[str, Any], qkv: F32) -> tuple[F64, F64]:
     return out.reshape(n, -1), bound.reshape(n, -1)
 
 
-def check(cfg: dict[str, Any], qkv: F32, out: F32) -> None:
-    expected, bound = reference(cfg, qkv)
+def check(cfg: dict[str, Any], qkv: F32, out: F32, isa: str) -> None:
+    expected, bound = reference(cfg, qkv, in_integers=isa != "cuda")
     assert np.all(np.isfinite(out))
     assert np.all(np.abs(out - expected) <= bound)
 
@@ -87,7 +94,7 @@ def check(cfg: dict[str, Any], qkv: F32, out: F32) -> None:
 def test_whole_prompt(isa: str, heads: int, kv_heads: int, head_dim: int) -> None:
     cfg = config(heads, kv_heads, head_dim)
     qkv = random_qkv(cfg, 150, seed=head_dim)
-    check(cfg, qkv, Run(cfg, isa, "INT8")([qkv], [[150]])[0])
+    check(cfg, qkv, Run(cfg, isa, "INT8")([qkv], [[150]])[0], isa)
 
 
 @every_isa
@@ -95,7 +102,7 @@ def test_whole_prompt(isa: str, heads: int, kv_heads: int, head_dim: int) -> Non
 def test_context_lengths(isa: str, tokens: int) -> None:
     cfg = config(6, 2, 32)
     qkv = random_qkv(cfg, tokens, seed=0)
-    check(cfg, qkv, Run(cfg, isa, "INT8", threads=2)([qkv], [[tokens]])[0])
+    check(cfg, qkv, Run(cfg, isa, "INT8", threads=2)([qkv], [[tokens]])[0], isa)
 
 
 @every_isa
@@ -103,14 +110,14 @@ def test_context_lengths(isa: str, tokens: int) -> None:
 def test_sliding_window(isa: str, window: int) -> None:
     cfg = config(6, 2, 16, sliding_window=[window])
     qkv = random_qkv(cfg, 400, seed=window)
-    check(cfg, qkv, Run(cfg, isa, "INT8", threads=2)([qkv], [[150, 1, 1, 248]])[0])
+    check(cfg, qkv, Run(cfg, isa, "INT8", threads=2)([qkv], [[150, 1, 1, 248]])[0], isa)
 
 
 @every_isa
 def test_alibi(isa: str) -> None:
     cfg = config(6, 2, 16, alibi_slopes=[2.0**-i for i in range(1, 7)])
     qkv = random_qkv(cfg, 300, seed=0)
-    check(cfg, qkv, Run(cfg, isa, "INT8")([qkv], [[300]])[0])
+    check(cfg, qkv, Run(cfg, isa, "INT8")([qkv], [[300]])[0], isa)
 
 
 @every_isa
@@ -129,7 +136,7 @@ def test_neighbours_threads_and_stale_blocks_do_not_change_a_bit(isa: str, cfg: 
     chunks = [[300], [1], [16, 1], [100, 100, 60], [64, 64, 1]]
     sequences = [random_qkv(cfg, n, seed=i) for i, n in enumerate(lengths)]
     alone = [Run(cfg, isa, "INT8", poison=0)([s], [[len(s)]])[0] for s in sequences]
-    for threads in (1, 2, 5):
+    for threads in few(isa, [1, 2, 5], [1, 2]):
         together = Run(cfg, isa, "INT8", threads)(sequences, chunks)
         for one, other in zip(alone, together, strict=True):
             assert np.array_equal(one, other)
