@@ -125,9 +125,7 @@ def _ours(models: Path, threads: int, device: str) -> Iterator[Engine]:
     for format_ in ("Q4_0", "Q4_1", "Q8_0"):
         yield _one_of_ours(format_, _gguf(models, format_), threads, device)
     yield _one_of_ours("bf16", models / "bf16", threads, device)
-    int8: tuple[str, ...] = ("--quantization", "int8")
-    if device == "cpu":  # a GPU has no cache of bytes
-        int8 += ("--kv-cache-dtype", "int8")
+    int8 = ("--quantization", "int8", "--kv-cache-dtype", "int8")
     yield _one_of_ours("int8", models / "bf16", threads, device, int8)
 
 

@@ -16,7 +16,7 @@ from langchain_vllm_server.chat_messages import RESERVED_KWARGS, content_format
 from langchain_vllm_server.chat_template import ChatTemplate
 from langchain_vllm_server.checkpoint import load_checkpoint
 from langchain_vllm_server.engine_config import to_engine
-from langchain_vllm_server.errors import CheckpointError
+from langchain_vllm_server.errors import CheckpointError, StartError
 from langchain_vllm_server.hub import resolve_model
 from langchain_vllm_server.json_schema import Spelling
 from langchain_vllm_server.reasoning import ReasoningFormat
@@ -50,6 +50,7 @@ def load(settings: Settings, progress: Progress) -> Loaded:
         CheckpointError: The model was not found, is damaged or not supported.
         ValueError: A setting cannot be met, such as a --max-model-len beyond the model's.
         MemoryError: There is too little memory.
+        StartError: The engine does not start, such as on a GPU that fails.
     """
     if settings.device == "auto" and (problem := _engine.cuda_problem()):
         logger.info("the model runs on the CPU: %s", problem)
@@ -60,7 +61,11 @@ def load(settings: Settings, progress: Progress) -> Loaded:
     config, tensors = to_engine(checkpoint)
     loading = _engine.Loading()
     progress.enter("loading weights", loading)
-    engine = _engine.Engine(config, tensors, engine_options(settings, checkpoint), loading)
+    options = engine_options(settings, checkpoint)
+    try:
+        engine = _engine.Engine(config, tensors, options, loading)
+    except RuntimeError as error:
+        raise StartError(f"the engine does not start: {error}") from error
     try:
         progress.enter("reading the tokenizer")
         return Loaded(engine, served_model(settings, checkpoint, engine.options.max_model_len))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -16,6 +16,7 @@ from langchain_vllm_server.app import create_app
 from langchain_vllm_server.async_engine import AsyncEngine
 from langchain_vllm_server.checkpoint import load_checkpoint
 from langchain_vllm_server.engine_config import to_engine
+from langchain_vllm_server.errors import StartError
 from langchain_vllm_server.gate import Progress
 from langchain_vllm_server.generation import Service
 from langchain_vllm_server.load import load
@@ -107,8 +108,7 @@ def test_too_little_memory_at_work(model: Path) -> None:
     """The scratch of the first step: something else has taken what the engine left for it."""
     with machine(), client_of(make_engine(model)) as client:
         _model_test.set_cuda_machine(bytes=_model_test.cuda_bytes_used())
-        for _ in range(3):
-            client.submit([1, 2, 3], max_tokens=4)
+        client.submit([1, 2, 3], max_tokens=4)
         assert_dead(client, "out of GPU memory: a buffer takes 1 MiB; lower --memory")
 
 
@@ -124,8 +124,9 @@ def test_lost_at_any_call(model: Path) -> None:
                 ends.append("load")
             else:
                 with client_of(engine) as client:
-                    for i in range(6):  # more than run at once
-                        client.submit([i] * 20, max_tokens=8)
+                    with suppress(RuntimeError):  # it may have ended already
+                        for i in range(6):  # more than run at once
+                            client.submit([i] * 20, max_tokens=8)
                     if all(result.finish == "length" for result in client.wait(seconds=60)):
                         ends.append("answers")
                     else:
@@ -138,6 +139,13 @@ def test_lost_at_any_call(model: Path) -> None:
     assert all("CUDA" in failure and "take --device cpu" in failure for failure in failures)
     assert set(ends) >= {"load", "run"}
     assert ends == sorted(ends, key=["load", "run", "answers"].index)
+
+
+def test_lost_while_a_server_loads(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_engine, "Engine", _model_test.Engine)
+    settings = parse_settings([str(model), "--device", "cuda", "--memory", "8MiB"])
+    with machine(calls_until_lost=30), pytest.raises(StartError, match=f"^the engine does not start: CUDA: .*{REMEDY}"):
+        load(settings, Progress())
 
 
 async def test_the_application_of_a_lost_gpu(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

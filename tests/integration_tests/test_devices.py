@@ -52,7 +52,7 @@ def test_a_gpu_that_is_lost(device: str, tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(VLLMServer, "_command", emulated_command)
     gone = tmp_path / "gone"
     options: dict[str, Any] = {"device": device, "memory": "8MiB", "env": {GONE: str(gone)}}
-    llm = VLLM(model=str(make_model(tmp_path / "model")), max_tokens=8, server_options=options, max_retries=0)
+    llm = VLLM(model=str(make_model(tmp_path / "model")), max_tokens=8, server_options=options)
     assert llm.invoke("a")
     server = llm.server
     assert server is not None
