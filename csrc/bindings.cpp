@@ -138,6 +138,7 @@ void bind_requests(nb::module_& m) {
       .def_rw("device", &EngineOptions::device)
       .def_rw("num_threads", &EngineOptions::num_threads)
       .def_rw("memory_bytes", &EngineOptions::memory_bytes)
+      .def_rw("gpu_memory_utilization", &EngineOptions::gpu_memory_utilization)
       .def_rw("max_model_len", &EngineOptions::max_model_len)
       .def_rw("max_position", &EngineOptions::max_position)
       .def_rw("max_num_seqs", &EngineOptions::max_num_seqs)

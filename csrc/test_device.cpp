@@ -1,5 +1,6 @@
 #include "test_device.h"
 
+#include <algorithm>
 #include <cstring>
 
 #include "base/check.h"
@@ -20,7 +21,9 @@ const Kernels& kernels_named(const std::string& isa) {
 std::unique_ptr<Device> make_test_device(const std::string& name, int num_threads, Arithmetic arithmetic) {
   if (name == "cuda") {
     schedule_cuda_like(num_threads);
-    return make_cuda_device(1, arithmetic);
+    auto device = make_cuda_device(1, arithmetic);
+    device->reserve(std::min(device->memory_available(), kTestMemory));
+    return device;
   }
   return std::make_unique<CpuDevice>(kernels_named(name), num_threads, arithmetic);
 }

@@ -11,6 +11,8 @@
 
 namespace engine {
 
+inline constexpr size_t kTestMemory = size_t{128} << 20;  // that a GPU gives to a test
+
 // name: an instruction set, or "cuda". Emulated, CUDA takes threads in another order for num_threads > 1.
 std::unique_ptr<Device> make_test_device(const std::string& name, int num_threads, Arithmetic arithmetic);
 const Kernels& kernels_named(const std::string& isa);

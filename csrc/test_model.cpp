@@ -7,6 +7,7 @@
 #include <nanobind/stl/unordered_map.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <cstdlib>
 
 #include "base/check.h"
@@ -20,6 +21,8 @@ using namespace engine;
 void bind_cuda_machine(nb::module_& m);
 
 namespace {
+
+constexpr size_t kTestMemory = size_t{128} << 20;  // that a GPU gives to a model
 
 struct Run {  // consecutive tokens of one sequence
   std::vector<int32_t> tokens;
@@ -52,6 +55,7 @@ class Model {
         const std::string& device)
       : config_(config),
         device_(make_device(device, num_threads, exact ? Arithmetic::EXACT : Arithmetic::INT8)) {
+    device_->reserve(std::min(device_->memory_available(), kTestMemory));
     Loading loading;
     transformer_ =
         std::make_unique<Transformer>(config, load_weights(config, tensors, weight_format, *device_, loading),

@@ -364,15 +364,16 @@ size_t CudaKvCache::head_bytes(const ModelConfig& config, Format format) {
   return static_cast<size_t>(2 * kBlockSize * config.head_dim) * number_bytes(format) + scales;
 }
 
-CudaKvCache::CudaKvCache(const ModelConfig& config, Format cache_format, int32_t blocks)
+CudaKvCache::CudaKvCache(Arena& arena, const ModelConfig& config, Format cache_format, int32_t blocks)
     : head_numbers(static_cast<int64_t>(head_bytes(config, cache_format) / number_bytes(cache_format))),
-      block_numbers(head_numbers * config.num_key_value_heads * config.num_hidden_layers) {
+      block_numbers(head_numbers * config.num_key_value_heads * config.num_hidden_layers),
+      memory(arena) {
   require(blocks > 0, "a key/value cache needs at least one block, not " + std::to_string(blocks));
   const size_t heads =
       static_cast<size_t>(config.num_key_value_heads) * static_cast<size_t>(config.num_hidden_layers);
   format = cache_format;
   num_blocks = blocks;
-  memory = DeviceMemory(head_bytes(config, cache_format) * heads * static_cast<size_t>(blocks));
+  memory = DeviceMemory(arena, head_bytes(config, cache_format) * heads * static_cast<size_t>(blocks));
 }
 
 size_t partial_numbers(int head_dim) {

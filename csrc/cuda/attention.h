@@ -23,7 +23,7 @@ inline constexpr int kMaxHeadDim = 256;
 // head_dim), then if they are bytes f32 scales of keys and of values (2, kBlockSize).
 class CudaKvCache : public KvCache {
  public:
-  CudaKvCache(const ModelConfig& config, Format format, int32_t num_blocks);
+  CudaKvCache(Arena& arena, const ModelConfig& config, Format format, int32_t num_blocks);
 
   static size_t head_bytes(const ModelConfig& config,
                            Format format);  // of one head's keys and values in a block
@@ -65,8 +65,9 @@ struct AttentionPlan {
   int num_partials = 0;  // states of (kTileRows, head_dim + 2) numbers for each key/value head
 };
 
-// Splits tiles as long as there are fewer than `enough` blocks.
-AttentionPlan plan_attention(const Batch& batch, int group, int kv_heads, int window, int enough);
+// Splits tiles as long as there are fewer than `enough` blocks, and room for the states of max_partials.
+AttentionPlan plan_attention(const Batch& batch, int group, int kv_heads, int window, int enough,
+                             int max_partials);
 
 // The plan in device memory, and room for the partitions' states.
 struct DevicePlan {

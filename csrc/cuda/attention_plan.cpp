@@ -11,7 +11,8 @@ int divide_up(int a, int b) {
 
 }  // namespace
 
-AttentionPlan plan_attention(const Batch& batch, int group, int kv_heads, int window, int enough) {
+AttentionPlan plan_attention(const Batch& batch, int group, int kv_heads, int window, int enough,
+                             int max_partials) {
   AttentionPlan plan;
   for (const BatchSequence& s : batch.sequences) {
     const int num_rows = s.num_tokens * group;
@@ -28,7 +29,7 @@ AttentionPlan plan_attention(const Batch& batch, int group, int kv_heads, int wi
   for (int32_t t = 0; t < static_cast<int32_t>(plan.tiles.size()); ++t) {
     AttentionTile& tile = plan.tiles[static_cast<size_t>(t)];
     const int partitions = tile.end_partition - tile.first_partition;
-    if (!split || partitions == 1) {
+    if (!split || partitions == 1 || plan.num_partials + partitions > max_partials) {
       plan.pieces.push_back({t, tile.first_partition, tile.end_partition});
       continue;
     }

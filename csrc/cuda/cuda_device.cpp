@@ -12,10 +12,11 @@ namespace engine::cuda {
 namespace {
 
 constexpr int kBlocksPerProcessor = 2;  // of attention, below which partitions are worked on apart
+constexpr int kPartialsPerBlock = 64;   // the most of them, for each of those blocks
 
 class CudaBuffer : public Buffer {
  public:
-  explicit CudaBuffer(size_t numbers) : memory_(numbers * sizeof(float)) {
+  CudaBuffer(Arena& arena, size_t numbers) : memory_(arena, numbers * sizeof(float)) {
     data = memory_.as<float>();
     size = numbers;
   }
@@ -29,6 +30,7 @@ int divide_up(int a, int b) {
 }
 
 // Bytes of several arrays, each at a multiple of 16, to be copied to the device at once.
+constexpr size_t kParcelSlack = 64;  // what a parcel of four arrays takes beside them
 class Parcel {
  public:
   template <class T>
@@ -50,6 +52,10 @@ class Parcel {
 template <class T>
 const T* at(const DeviceMemory& memory, size_t offset) {
   return reinterpret_cast<const T*>(memory.as<std::byte>() + offset);
+}
+
+int window_of(const ModelConfig& config, int layer) {
+  return config.sliding_window.empty() ? 0 : config.sliding_window[static_cast<size_t>(layer)];
 }
 
 void check_tables(const Batch& batch, int32_t num_blocks) {
@@ -110,7 +116,7 @@ std::string CudaDevice::name() const {
 }
 
 std::unique_ptr<Buffer> CudaDevice::alloc(size_t numbers) {
-  return std::make_unique<CudaBuffer>(numbers);
+  return std::make_unique<CudaBuffer>(arena_, numbers);
 }
 
 void CudaDevice::copy_to_host(float* host, const float* device, size_t numbers) {
@@ -120,13 +126,39 @@ void CudaDevice::copy_to_host(float* host, const float* device, size_t numbers) 
 }
 
 size_t CudaDevice::memory_available() const {
+  if (arena_.reserved()) return arena_.available();
   size_t free = 0, total = 0;
   cuda_check(cudaMemGetInfo(&free, &total), "cudaMemGetInfo");
   return free;
 }
 
+size_t CudaDevice::memory_budget(double utilization) const {
+  return static_cast<size_t>(static_cast<double>(memory_available()) * utilization);
+}
+
+size_t CudaDevice::reserve_scratch(const ModelConfig& c, int max_tokens, int64_t max_blocks) {
+  const size_t before = arena_.available();
+  const auto tokens = static_cast<size_t>(max_tokens);
+  linear_.reserve(max_tokens, std::max({c.hidden_size, c.q_size(), c.intermediate_size}));
+  indices_.reserve(tokens * sizeof(int32_t));
+  cos_sin_.reserve(2 * tokens * c.rope_inv_freq.size() * sizeof(float));
+  partials_.reserve(static_cast<size_t>(max_partials(c) * c.num_key_value_heads) *
+                    partial_numbers(c.head_dim) * sizeof(float));
+  batch_memory_.reserve(tokens * (sizeof(int32_t) + sizeof(int64_t)) +
+                        static_cast<size_t>(max_blocks) * sizeof(int32_t) + kParcelSlack);
+  // A sequence's last tile may be a part of one.
+  const size_t tiles =
+      tokens + tokens * static_cast<size_t>(c.num_attention_heads / c.num_key_value_heads) / kTileRows;
+  const size_t pieces = tiles + static_cast<size_t>(max_partials(c));
+  for (int layer = 0; layer < c.num_hidden_layers; ++layer)
+    plan_of(window_of(c, layer))
+        .memory.reserve(tiles * (sizeof(AttentionTile) + sizeof(int32_t)) + pieces * sizeof(AttentionPiece) +
+                        kParcelSlack);
+  return before - arena_.available() + Arena::kLost;
+}
+
 std::unique_ptr<Weight> CudaDevice::pack(std::span<const Tensor> sources, std::span<const float> bias) {
-  return pack_for_cuda(sources, bias, arithmetic_, stream_);
+  return pack_for_cuda(arena_, sources, bias, arithmetic_, stream_);
 }
 
 std::unique_ptr<Buffer> CudaDevice::upload(std::span<const float> host) {
@@ -141,7 +173,7 @@ size_t CudaDevice::kv_bytes_per_block(const ModelConfig& config, Format format) 
 }
 
 std::unique_ptr<KvCache> CudaDevice::kv_alloc(const ModelConfig& config, Format format, int32_t num_blocks) {
-  return std::make_unique<CudaKvCache>(config, format, num_blocks);
+  return std::make_unique<CudaKvCache>(arena_, config, format, num_blocks);
 }
 
 const int32_t* CudaDevice::to_device(std::span<const int32_t> indices) {
@@ -235,20 +267,33 @@ DevicePlan CudaDevice::upload_plan(const AttentionPlan& plan, const ModelConfig&
   return on_device;
 }
 
-const DevicePlan& CudaDevice::plan(const ModelConfig& config, int layer, const Batch& batch) {
-  const int window = config.sliding_window.empty() ? 0 : config.sliding_window[static_cast<size_t>(layer)];
+CudaDevice::WindowPlan& CudaDevice::plan_of(int window) {
   auto found = std::ranges::find(plans_, window, &WindowPlan::window);
-  if (found == plans_.end()) found = plans_.insert(found, WindowPlan{window, false, {}, {}});
-  if (!found->current) {
+  if (found == plans_.end())
+    found = plans_.insert(found, WindowPlan{window, false, {}, DeviceMemory(arena_)});
+  return *found;
+}
+
+int CudaDevice::enough_blocks() const {
+  return kBlocksPerProcessor * multiprocessors_;
+}
+
+int CudaDevice::max_partials(const ModelConfig& config) const {
+  return kPartialsPerBlock * enough_blocks() / config.num_key_value_heads;
+}
+
+const DevicePlan& CudaDevice::plan(const ModelConfig& config, int layer, const Batch& batch) {
+  WindowPlan& found = plan_of(window_of(config, layer));
+  if (!found.current) {
     const AttentionPlan made =
         plan_attention(batch, config.num_attention_heads / config.num_key_value_heads,
-                       config.num_key_value_heads, window, kBlocksPerProcessor * multiprocessors_);
-    found->plan = upload_plan(made, config, found->memory);
-    found->current = true;
+                       config.num_key_value_heads, found.window, enough_blocks(), max_partials(config));
+    found.plan = upload_plan(made, config, found.memory);
+    found.current = true;
   }
-  partials_.reserve(found->plan.partial_numbers * sizeof(float));
-  found->plan.partials = partials_.as<float>();
-  return found->plan;
+  partials_.reserve(found.plan.partial_numbers * sizeof(float));
+  found.plan.partials = partials_.as<float>();
+  return found.plan;
 }
 
 void CudaDevice::attention(const ModelConfig& config, int layer, const Batch& batch, const float* qkv,

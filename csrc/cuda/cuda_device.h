@@ -25,7 +25,9 @@ class CudaDevice : public Device {
   std::unique_ptr<Buffer> alloc(size_t numbers) override;
   void copy_to_host(float* host, const float* device, size_t numbers) override;
   size_t memory_available() const override;
-  size_t memory_default() const override { return memory_available() / 10 * 9; }  // the rest is for scratch
+  size_t memory_budget(double utilization) const override;
+  void reserve(size_t bytes) override { arena_.reserve(bytes); }
+  size_t reserve_scratch(const ModelConfig& config, int max_tokens, int64_t max_blocks) override;
   std::unique_ptr<Weight> pack(std::span<const Tensor> sources, std::span<const float> bias) override;
   std::unique_ptr<Buffer> upload(std::span<const float> host) override;
   size_t kv_bytes_per_block(const ModelConfig& config, Format format) const override;
@@ -62,6 +64,9 @@ class CudaDevice : public Device {
   float* logits_on_host(const float* logits, int vocab, size_t rows);
   void prepare(const ModelConfig& config, const Batch& batch, int32_t num_blocks);
   void prepare_rotation(const ModelConfig& config);
+  WindowPlan& plan_of(int window);
+  int enough_blocks() const;
+  int max_partials(const ModelConfig& config) const;
   const DevicePlan& plan(const ModelConfig& config, int layer, const Batch& batch);
   DevicePlan upload_plan(const AttentionPlan& plan, const ModelConfig& config, DeviceMemory& memory);
   const int32_t* to_device(std::span<const int32_t> indices);
@@ -73,13 +78,15 @@ class CudaDevice : public Device {
   std::unique_ptr<Device> cpu_;
   std::vector<float> host_logits_;  // (rows, vocab)
 
-  LinearScratch linear_;
-  DeviceMemory indices_;  // tokens of embed(), rows of gather_rows()
+  Arena arena_;  // of all that follows, and of what alloc(), pack() and kv_alloc() gave
+  LinearScratch linear_{arena_};
+  DeviceMemory indices_{arena_};  // tokens of embed(), rows of gather_rows()
 
   // What depends on the batch alone: made in its first layer, read in the others.
   Batch batch_;
   DeviceBatch on_device_;
-  DeviceMemory batch_memory_, cos_sin_, inv_freq_memory_, slopes_memory_, partials_;
+  DeviceMemory batch_memory_{arena_}, cos_sin_{arena_}, inv_freq_memory_{arena_}, slopes_memory_{arena_},
+      partials_{arena_};
   std::vector<float> inv_freq_, slopes_;
   float attention_factor_ = 0;
   std::vector<WindowPlan> plans_;

@@ -28,14 +28,23 @@ int tiles_of(int n) {
   return (n + kTileTokens - 1) / kTileTokens;
 }
 
+int steps_of(int cols) {
+  return (cols + kStepCols - 1) / kStepCols;
+}
+
+// Where a tile of tokens meets a step of columns.
+size_t places(int n, int cols) {
+  return static_cast<size_t>(tiles_of(n)) * static_cast<size_t>(steps_of(cols));
+}
+
 dim3 preparation_grid(int steps, int tiles) {
   return {blocks_for(static_cast<size_t>(steps), kWarpsPerBlock), static_cast<unsigned>(tiles)};
 }
 
 Terms split(cudaStream_t stream, View<const float> x, int n, int cols, LinearScratch& scratch) {
-  const int steps = (cols + kStepCols - 1) / kStepCols, tiles = tiles_of(n);
-  const size_t count = static_cast<size_t>(kTerms * tiles) * static_cast<size_t>(steps) * kWarpSize * 8;
-  scratch.terms.reserve(count * sizeof(uint16_t));
+  const int steps = steps_of(cols), tiles = tiles_of(n);
+  const size_t count = kTerms * places(n, cols) * kWarpSize * 8;
+  scratch.reserve_terms(n, cols);
   const View<uint16_t> terms(scratch.terms.as<uint16_t>(), count);
   launch(stream, preparation_grid(steps, tiles), kWarpsPerBlock * kWarpSize, split_kernel, x, terms, n, cols,
          tiles, steps);
@@ -43,14 +52,12 @@ Terms split(cudaStream_t stream, View<const float> x, int n, int cols, LinearScr
 }
 
 Bytes quantise(cudaStream_t stream, View<const float> x, int n, int cols, LinearScratch& scratch) {
-  const int steps = cols / kStepCols, tiles = tiles_of(n);
-  const size_t places = static_cast<size_t>(tiles) * static_cast<size_t>(steps);
-  scratch.quants.reserve(places * kWarpSize * 8);
-  scratch.scales.reserve(places * kTileTokens * sizeof(float));
-  scratch.sums.reserve(places * kTileTokens * sizeof(int2));
-  const View<uint8_t> quants(scratch.quants.as<uint8_t>(), places * kWarpSize * 8);
-  const View<float> scales(scratch.scales.as<float>(), places * kTileTokens);
-  const View<int> sums(scratch.sums.as<int>(), places * kTileTokens * 2);
+  const int steps = steps_of(cols), tiles = tiles_of(n);
+  const size_t count = places(n, cols);
+  scratch.reserve_quants(n, cols);
+  const View<uint8_t> quants(scratch.quants.as<uint8_t>(), count * kWarpSize * 8);
+  const View<float> scales(scratch.scales.as<float>(), count * kTileTokens);
+  const View<int> sums(scratch.sums.as<int>(), count * kTileTokens * 2);
   launch(stream, preparation_grid(steps, tiles), kWarpsPerBlock * kWarpSize, quantise_kernel, x, quants,
          scales, sums, n, cols, steps);
   return {quants, scales, sums, tiles, steps};
@@ -123,6 +130,21 @@ __global__ void embed_kernel(Matrix m, View<const int32_t> tokens, View<float> o
 constexpr unsigned kMaxGridRows = 65535;
 
 }  // namespace
+
+void LinearScratch::reserve(int n, int cols) {
+  reserve_terms(n, cols);
+  reserve_quants(n, cols);
+}
+
+void LinearScratch::reserve_terms(int n, int cols) {
+  terms.reserve(kTerms * places(n, cols) * kWarpSize * 8 * sizeof(uint16_t));
+}
+
+void LinearScratch::reserve_quants(int n, int cols) {
+  quants.reserve(places(n, cols) * kWarpSize * 8);
+  scales.reserve(places(n, cols) * kTileTokens * sizeof(float));
+  sums.reserve(places(n, cols) * kTileTokens * sizeof(int2));
+}
 
 void multiply(cudaStream_t stream, const CudaWeight& weight, const float* x, float* y, int n,
               LinearScratch& scratch) {

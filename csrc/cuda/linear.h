@@ -14,6 +14,12 @@ namespace engine::cuda {
 
 // Activations as the kernels read them; room that grows.
 struct LinearScratch {
+  explicit LinearScratch(Arena& arena) : terms(arena), quants(arena), scales(arena), sums(arena) {}
+  // For x (n, cols), whichever way it is multiplied.
+  void reserve(int n, int cols);
+  void reserve_terms(int n, int cols);
+  void reserve_quants(int n, int cols);
+
   DeviceMemory terms;   // bf16: (terms, tiles of 8 rows, steps, 32 lanes, 8)
   DeviceMemory quants;  // int8: (tiles, steps, 32 lanes, 8)
   DeviceMemory scales;  // f32: (tiles, steps, 8)

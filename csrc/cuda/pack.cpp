@@ -192,10 +192,11 @@ PackedSizes packed_sizes(Format format) {
   return {};
 }
 
-std::unique_ptr<CudaWeight> pack_for_cuda(std::span<const Tensor> sources, std::span<const float> bias,
-                                          Arithmetic arithmetic, cudaStream_t stream) {
+std::unique_ptr<CudaWeight> pack_for_cuda(Arena& arena, std::span<const Tensor> sources,
+                                          std::span<const float> bias, Arithmetic arithmetic,
+                                          cudaStream_t stream) {
   check(!sources.empty(), "a weight needs a source");
-  auto weight = std::make_unique<CudaWeight>();
+  auto weight = std::make_unique<CudaWeight>(arena);
   weight->cols = sources[0].cols;
   size_t bytes = 0;
   for (const Tensor& source : sources) {
@@ -219,7 +220,7 @@ std::unique_ptr<CudaWeight> pack_for_cuda(std::span<const Tensor> sources, std::
   for (size_t i = 0; i < sources.size(); ++i)
     pack_source(sources[i], weight->segments[i], weight->steps(), host.data());
   if (!bias.empty()) std::memcpy(host.data() + weight->bias, bias.data(), bias.size_bytes());
-  weight->memory = DeviceMemory(bytes);
+  weight->memory = DeviceMemory(arena, bytes);
   copy_to_device(weight->memory.as<std::byte>(), host.data(), bytes, stream);
   cuda_check(cudaStreamSynchronize(stream), "a copy to the GPU");
   return weight;

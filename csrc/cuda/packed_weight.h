@@ -44,6 +44,7 @@ struct PackedSegment {  // the rows of one source tensor
 
 class CudaWeight : public Weight {
  public:
+  explicit CudaWeight(Arena& arena) : memory(arena) {}
   size_t bytes() const override { return memory.bytes(); }
   int64_t steps() const { return (cols + kStepCols - 1) / kStepCols; }
 
@@ -53,7 +54,8 @@ class CudaWeight : public Weight {
   DeviceMemory memory;
 };
 
-std::unique_ptr<CudaWeight> pack_for_cuda(std::span<const Tensor> sources, std::span<const float> bias,
-                                          Arithmetic arithmetic, cudaStream_t stream);
+std::unique_ptr<CudaWeight> pack_for_cuda(Arena& arena, std::span<const Tensor> sources,
+                                          std::span<const float> bias, Arithmetic arithmetic,
+                                          cudaStream_t stream);
 
 }  // namespace engine::cuda

@@ -72,8 +72,10 @@ double best_seconds(DeviceMemory& sums, uint32_t expected, Run&& run) {
 double read_rate(int multiprocessors, size_t bytes) {
   const auto blocks = static_cast<unsigned>(kReadBlocks * multiprocessors);
   const size_t threads = size_t{blocks} * kThreads, words = bytes / sizeof(uint32_t);
-  const DeviceMemory data(bytes);
-  DeviceMemory sums(threads * sizeof(uint32_t));
+  Arena arena;
+  arena.reserve(bytes + threads * sizeof(uint32_t) + Arena::kLost);
+  const DeviceMemory data(arena, bytes);
+  DeviceMemory sums(arena, threads * sizeof(uint32_t));
   cuda_check(cudaMemsetAsync(data.as<void>(), 1, bytes, nullptr), "cudaMemset");
   const double seconds = best_seconds(sums, static_cast<uint32_t>(words) * 0x01010101u, [&] {
     launch(nullptr, blocks, kThreads, peak_read_kernel, View<const uint32_t>(data.as<uint32_t>(), words),
@@ -86,7 +88,9 @@ double read_rate(int multiprocessors, size_t bytes) {
 double mma_rate(int multiprocessors, int rounds, int depth, void (*kernel)(int, View<uint32_t>)) {
   const auto blocks = static_cast<unsigned>(kMmaBlocks * multiprocessors);
   const size_t threads = size_t{blocks} * kThreads;
-  DeviceMemory sums(threads * sizeof(uint32_t));
+  Arena arena;
+  arena.reserve(threads * sizeof(uint32_t) + Arena::kAlignment);
+  DeviceMemory sums(arena, threads * sizeof(uint32_t));
   const uint32_t per_thread = static_cast<uint32_t>(rounds * depth) * kChains * 4;
   const double seconds = best_seconds(sums, static_cast<uint32_t>(threads) * per_thread, [&] {
     launch(nullptr, blocks, kThreads, kernel, rounds, View<uint32_t>(sums.as<uint32_t>(), threads));

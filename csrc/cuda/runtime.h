@@ -8,23 +8,26 @@
 #include <span>
 #include <utility>
 
+#include "cuda/arena.h"
+
 namespace engine::cuda {
 
 // Throws std::runtime_error "CUDA: <doing>: <error>; <remedy>".
 void cuda_check(cudaError_t error, const char* doing);
 
-// Bytes of the device's memory.
+// Bytes of an arena, which outlives them.
 class DeviceMemory {
  public:
-  DeviceMemory() = default;
-  explicit DeviceMemory(size_t bytes);
-  DeviceMemory(DeviceMemory&& other) noexcept { *this = std::move(other); }
+  explicit DeviceMemory(Arena& arena) : arena_(&arena) {}
+  DeviceMemory(Arena& arena, size_t bytes) : arena_(&arena), data_(arena.take(bytes)), bytes_(bytes) {}
+  DeviceMemory(DeviceMemory&& other) noexcept : arena_(other.arena_) { *this = std::move(other); }
   DeviceMemory& operator=(DeviceMemory&& other) noexcept {
+    std::swap(arena_, other.arena_);
     std::swap(data_, other.data_);
     std::swap(bytes_, other.bytes_);
     return *this;
   }
-  ~DeviceMemory();
+  ~DeviceMemory() { arena_->give_back(data_); }
 
   // At least `bytes`; what it held is lost when it grows.
   void reserve(size_t bytes);
@@ -35,6 +38,7 @@ class DeviceMemory {
   size_t bytes() const { return bytes_; }
 
  private:
+  Arena* arena_;
   void* data_ = nullptr;
   size_t bytes_ = 0;
 };

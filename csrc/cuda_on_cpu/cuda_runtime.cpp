@@ -83,14 +83,12 @@ cudaError_t cudaMemGetInfo(size_t* free, size_t* total) {
   return health();
 }
 
-// Filled with NaNs: what nobody has written is seen.
 cudaError_t cudaMalloc(void** memory, size_t bytes) {
   if (health() != cudaSuccess) return health();
   if (machine.used_bytes + bytes > machine.total_bytes) return cudaErrorMemoryAllocation;
   const size_t rounded = (std::max<size_t>(bytes, 1) + kAlignment - 1) / kAlignment * kAlignment;
   *memory = std::aligned_alloc(kAlignment, rounded);
   if (*memory == nullptr) return cudaErrorMemoryAllocation;
-  std::memset(*memory, 0xff, rounded);
   machine.used_bytes += bytes;
   allocated[*memory] = bytes;
   return cudaSuccess;

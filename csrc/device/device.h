@@ -58,6 +58,15 @@ class Device {
   virtual size_t memory_available() const = 0;  // bytes
   // What the engine takes of it when nobody says how much.
   virtual size_t memory_default() const { return memory_available() / 2; }
+  // Bytes that are the engine's own where it has a device to itself, which is a GPU: a part of what is free.
+  virtual size_t memory_budget(double /*utilization*/) const { return 0; }
+  // All that will ever be allocated together. Called once, before anything is; a GPU takes it at once.
+  virtual void reserve(size_t /*bytes*/) {}
+  // Allocates what ops need beside their arguments for steps of at most max_tokens tokens, with at most
+  // max_blocks entries in their block tables; returns its bytes.
+  virtual size_t reserve_scratch(const ModelConfig& /*config*/, int /*max_tokens*/, int64_t /*max_blocks*/) {
+    return 0;
+  }
   // The sources stacked by rows (q, k and v become one weight), each in its target format; `bias` has one
   // number per row of the whole or is empty.
   virtual std::unique_ptr<Weight> pack(std::span<const Tensor> sources, std::span<const float> bias) = 0;

@@ -33,18 +33,27 @@ int32_t max_cached_blocks(const EngineOptions& options, int64_t weight_bytes, in
   return static_cast<int32_t>(std::max(kDefaultIdleBytes, weight_bytes / 4) / bytes_per_block);
 }
 
+int64_t longest_sequence(const EngineOptions& options) {
+  return options.max_model_len > 0 ? options.max_model_len : options.max_position;
+}
+
+// More could never be used at once.
+int64_t most_blocks(const EngineOptions& options) {
+  return blocks_for(longest_sequence(options)) * options.max_num_seqs;
+}
+
 // Fills in max_model_len and returns the number of cache blocks that suits the budget left for the cache.
 int32_t size_cache(EngineOptions& options, int64_t budget, int64_t bytes_per_block) {
   const bool given = options.max_model_len > 0;
-  const int64_t longest = given ? options.max_model_len : options.max_position;
+  const int64_t longest = longest_sequence(options);
   if (options.memory_bytes == 0)
     budget = std::min(budget, std::max(kDefaultCacheBytes, blocks_for(longest) * bytes_per_block));
-  const int64_t most = blocks_for(longest) * options.max_num_seqs;  // more could never be used at once
-  const int64_t blocks = std::min({budget / bytes_per_block, most, int64_t{INT32_MAX / kBlockSize}});
+  const int64_t blocks =
+      std::min({budget / bytes_per_block, most_blocks(options), int64_t{INT32_MAX / kBlockSize}});
   require(blocks >= 1 && (!given || blocks >= blocks_for(longest)),
           "the key/value cache of one sequence of " + std::to_string(longest) + " tokens needs " +
               mib(blocks_for(longest) * bytes_per_block) + ", but " + mib(std::max<int64_t>(budget, 0)) +
-              " are left for it: raise --memory or lower --max-model-len");
+              " are left for it: raise --memory (or --gpu-memory-utilization) or lower --max-model-len");
   options.max_model_len = static_cast<int32_t>(std::min(longest, blocks * kBlockSize));
   return static_cast<int32_t>(blocks);
 }
@@ -53,6 +62,8 @@ void validate_options(const EngineOptions& o) {
   require(o.max_num_seqs >= 1, "max_num_seqs must be at least 1");
   require(o.max_num_batched_tokens >= 1, "max_num_batched_tokens must be at least 1");
   require(o.memory_bytes >= 0, "memory_bytes must be at least 0 (half of what is available)");
+  require(o.gpu_memory_utilization > 0 && o.gpu_memory_utilization <= 1,
+          "gpu_memory_utilization must be above 0 and at most 1");
   require(o.max_position >= 1, "max_position must be at least 1");
   require(o.max_model_len >= 0 && o.max_model_len <= o.max_position,
           "max_model_len " + std::to_string(o.max_model_len) + " is beyond the model's own limit of " +
@@ -73,6 +84,8 @@ Engine::Engine(const ModelConfig& config, const TensorIndex& tensors, const Engi
   require(options_.memory_bytes <= available,
           "the engine may use " + mib(options_.memory_bytes) + " of memory, but only " + mib(available) +
               " are available on " + device_->name() + ": lower --memory");
+  if (options_.memory_bytes == 0)
+    options_.memory_bytes = static_cast<int64_t>(device_->memory_budget(options_.gpu_memory_utilization));
   const int64_t memory =
       options_.memory_bytes > 0 ? options_.memory_bytes : static_cast<int64_t>(device_->memory_default());
   // A step never runs more sequences than tokens, and never samples more rows than sequences. Prompts are
@@ -86,13 +99,17 @@ Engine::Engine(const ModelConfig& config, const TensorIndex& tensors, const Engi
   require(loaded + activations < memory,
           "the weights (" + mib(loaded) + ") and activations (" + mib(activations) + ") do not fit in " +
               mib(memory) + " of memory on " + device_->name() +
-              ": raise --memory, lower --max-num-batched-tokens or take a smaller model");
+              ": raise --memory (or --gpu-memory-utilization), lower --max-num-batched-tokens or take a "
+              "smaller model");
+  device_->reserve(static_cast<size_t>(memory));
 
   Weights weights = load_weights(config_, tensors, options_.weight_format, *device_, loading);
   weight_bytes_ = weights.bytes();
   const auto bytes_per_block = static_cast<int64_t>(device_->kv_bytes_per_block(config_, options_.kv_format));
-  const int32_t num_blocks =
-      size_cache(options_, memory - static_cast<int64_t>(weight_bytes_) - activations, bytes_per_block);
+  const auto scratch =
+      static_cast<int64_t>(device_->reserve_scratch(config_, max_tokens, most_blocks(options_)));
+  const int32_t num_blocks = size_cache(
+      options_, memory - static_cast<int64_t>(weight_bytes_) - activations - scratch, bytes_per_block);
   transformer_ = std::make_unique<Transformer>(config_, std::move(weights), *device_, max_tokens, max_logits);
   transformer_->kv_alloc(options_.kv_format, num_blocks);
   scheduler_ = std::make_unique<Scheduler>(SchedulerOptions{

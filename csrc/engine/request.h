@@ -39,8 +39,9 @@ struct Event {
 
 struct EngineOptions {
   std::string device = "cpu";
-  int32_t num_threads = 0;    // 0: one per core
-  int64_t memory_bytes = 0;   // weights, cache and activations; 0: half of what is available
+  int32_t num_threads = 0;   // 0: one per core
+  int64_t memory_bytes = 0;  // weights, cache and activations; 0: half of what is available, or on a GPU:
+  double gpu_memory_utilization = 0.9;  // this part of what is free
   int32_t max_model_len = 0;  // tokens of prompt and answer; 0: what the cache holds, at most max_position
   int32_t max_position = 0;   // the model's own limit
   int32_t max_num_seqs = 256;

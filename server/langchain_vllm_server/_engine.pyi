@@ -40,6 +40,7 @@ class EngineOptions:
     device: str
     num_threads: int
     memory_bytes: int
+    gpu_memory_utilization: float
     max_model_len: int
     max_position: int
     max_num_seqs: int

@@ -38,6 +38,14 @@ def number(minimum: float, maximum: float) -> Callable[[str], float]:
     return parse
 
 
+def share(text: str) -> float:
+    """A part of a whole: above 0, at most 1."""
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"must be above 0 and at most 1, got {text}")
+    return value
+
+
 def model_len(text: str) -> int:
     """As vLLM does: k, m, g are powers of 1000 and take decimals, K, M, G are powers of 1024."""
     if text.lower() in ("auto", "-1", "0"):

@@ -21,6 +21,7 @@ from langchain_vllm_server.flag_values import (
     number,
     path_prefix,
     quantization,
+    share,
     template,
 )
 from langchain_vllm_server.hub import DEFAULT_MODEL
@@ -120,6 +121,12 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
         Flag("--enable-prefix-caching", "reuse the KV cache of equal prompt beginnings, on by default"),
         Flag("--threads", "worker threads; 0: one per core", integer(0), "N"),
         Flag("--memory", "for weights and KV cache, such as 4GiB; 0: half of what is free", memory, "SIZE"),
+        Flag(
+            "--gpu-memory-utilization --device-memory-utilization",
+            "for the same on a GPU, the part to take of what is free, default 0.9",
+            share,
+            "PART",
+        ),
         Flag("--seed", "of the seeds of requests that give none", int),
     ),
     "requests": (

@@ -9,7 +9,7 @@ VALUES = """
 --data-parallel-backend/-dpb --prefill-context-parallel-size/-pcp --decode-context-parallel-size/-dcp
 --distributed-executor-backend --max-parallel-loading-workers --nnodes/-n --node-rank/-r --master-addr --master-port
 --api-server-count/-asc --worker-cls --worker-extension-cls
---gpu-memory-utilization/--device-memory-utilization --kv-cache-memory-bytes --swap-space --cpu-offload-gb
+--kv-cache-memory-bytes --swap-space --cpu-offload-gb
 --block-size --num-gpu-blocks-override --kv-offloading-size --kv-offloading-backend --prefix-caching-hash-algo
 --attention-backend --compilation-config/-O/-cc --cudagraph-capture-sizes --max-cudagraph-capture-size
 --max-seq-len-to-capture --optimization-level --kernel-config --attention-config --performance-mode

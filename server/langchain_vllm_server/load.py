@@ -93,6 +93,8 @@ def engine_options(settings: Settings, checkpoint: Checkpoint) -> _engine.Engine
     options.device = settings.device
     options.num_threads = settings.threads
     options.memory_bytes = settings.memory
+    if settings.gpu_memory_utilization is not None:
+        options.gpu_memory_utilization = settings.gpu_memory_utilization
     options.max_model_len = settings.max_model_len
     options.max_position = checkpoint.max_position
     options.max_num_seqs = settings.max_num_seqs

@@ -207,6 +207,8 @@ class ServerProcess:
         self._engine = AsyncEngine(engine, SamplingParams, limits, self._died)
         metrics = Metrics(model.names[0], model.max_model_len)
         self._gate.app = create_app(Service(model, self._engine, metrics), docs=not self._settings.disable_fastapi_docs)
+        if self._settings.gpu_memory_utilization and not engine.device_name.startswith("cuda"):
+            logger.warning("--gpu-memory-utilization has no effect on %s: --memory has", engine.device_name)
         logger.info(
             "ready in %.1f s: %s on %s, %d MiB of weights, context of %d tokens",
             time.monotonic() - started,

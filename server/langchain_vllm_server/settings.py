@@ -67,6 +67,7 @@ class Settings:
     enable_prefix_caching: bool = True
     threads: int = 0
     memory: int = 0  # bytes, for weights, cache and activations
+    gpu_memory_utilization: float | None = None  # the same, as a part of what a GPU has free
     seed: int = 0
 
     host: str = "127.0.0.1"
@@ -147,6 +148,8 @@ def _check(parser: argparse.ArgumentParser, settings: Settings) -> None:
             f"--quantization {settings.quantization} and --dtype {settings.dtype} both say what float weights become: "
             "give one of them"
         )
+    if settings.memory and settings.gpu_memory_utilization:
+        parser.error("--memory and --gpu-memory-utilization both say how much memory to take: give one of them")
     if settings.ssl_certfile is None and (settings.ssl_keyfile or settings.ssl_ca_certs or settings.ssl_cert_reqs):
         parser.error("TLS needs --ssl-certfile, too")
     if settings.ssl_cert_reqs and settings.ssl_ca_certs is None:

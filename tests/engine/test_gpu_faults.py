@@ -96,7 +96,8 @@ def test_a_machine_that_cannot_run_it(model: Path, properties: dict[str, Any], e
     [
         (64 << 10, {}, r"the weights .* do not fit in 1 MiB of memory on cuda \(CUDA on CPU, 0 MiB\): raise --memory"),
         (1 << 20, {"memory_bytes": 2 << 20}, r"but only 1 MiB are available on cuda \(.*\): lower --memory"),
-        (496 << 10, {}, "the key/value cache of one sequence of 64 tokens needs 1 MiB, but"),
+        (496 << 10, {}, "out of GPU memory: a buffer takes 1 MiB, .*: raise --memory or --gpu-memory-utilization"),
+        (1792 << 10, {}, "the key/value cache of one sequence of 64 tokens needs 1 MiB, but"),
     ],
 )
 def test_too_little_memory_at_load(model: Path, num_bytes: int, options: dict[str, Any], error: str) -> None:
@@ -104,12 +105,34 @@ def test_too_little_memory_at_load(model: Path, num_bytes: int, options: dict[st
         make_engine(model, **options)
 
 
-def test_too_little_memory_at_work(model: Path) -> None:
-    """The scratch of the first step: something else has taken what the engine left for it."""
+def test_nothing_else_takes_what_work_needs(model: Path) -> None:
+    """All that any step takes is the engine's before the first one."""
     with machine(), client_of(make_engine(model)) as client:
         _model_test.set_cuda_machine(bytes=_model_test.cuda_bytes_used())
-        client.submit([1, 2, 3], max_tokens=4)
-        assert_dead(client, "out of GPU memory: a buffer takes 1 MiB; lower --memory")
+        prompts = [[i] * (1 + 7 * i) for i in range(8)]
+        results = client.wait(*(client.submit(prompt, max_tokens=8) for prompt in prompts))
+        assert [result.finish for result in results] == ["length"] * 8
+
+
+def test_the_cache_takes_what_is_left(model: Path) -> None:
+    """Keys and values of 2 layers, 2 heads, 16 tokens and 16 numbers of 2 bytes: 4 KiB a block."""
+
+    def blocks(**options: Any) -> int:
+        roomy = {"max_position": 1 << 17, "max_model_len": 0}
+        with client_of(make_engine(model, **roomy, **options)) as client:
+            return int(client.engine.stats().num_blocks)
+
+    with machine():
+        few, more = blocks(gpu_memory_utilization=1 / 64), blocks(gpu_memory_utilization=1 / 32)
+        assert more - few == (1 << 30) // 64 // (4 << 10)
+        assert blocks(memory_bytes=1 << 24, gpu_memory_utilization=1.0) == few
+        assert 0.7 * (1 << 24) < few * (4 << 10) < 1 << 24
+
+
+@pytest.mark.parametrize("share", [0, -0.5, 1.5, float("nan")])
+def test_a_share_of_memory_is_none(model: Path, share: float) -> None:
+    with pytest.raises(ValueError, match="gpu_memory_utilization must be above 0 and at most 1"):
+        make_engine(model, gpu_memory_utilization=share)
 
 
 def test_lost_at_any_call(model: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.skipif(not _kernels_test.cuda_is_emulated, reason="CUDA is not emulated, it runs on a GPU")
 THREADS = 64
+PIECE = 256  # bytes that an arena divides its memory into
 
 
 @pytest.fixture(params=[1, 2], ids=["ascending", "descending"])
@@ -105,15 +107,56 @@ def test_too_little_memory_says_how_much() -> None:
     device = _kernels_test.Device("cuda", 1)
     assert device.memory_available() == 1 << 20
     x = np.zeros((600, 1000), np.float32)
-    with pytest.raises(RuntimeError, match="out of GPU memory: a buffer takes 3 MiB"):
+    with pytest.raises(RuntimeError, match=r"a buffer takes 3 MiB, but at most 1 MiB .* raise --memory"):
         device.scale(x, 1.0)
+    arena = _kernels_test.CudaArena()
+    with pytest.raises(RuntimeError, match="2 MiB cannot be reserved: lower --memory or --gpu-memory-utilization"):
+        arena.reserve(2 << 20)
+
+
+def test_memory_that_is_given_back_is_used_again() -> None:
+    arena = _kernels_test.CudaArena()
+    arena.reserve(8 * PIECE)
+    pieces = [arena.take(PIECE - i) for i in range(8)]
+    assert arena.available() == 0
+    assert [piece - pieces[0] for piece in pieces] == [PIECE * i for i in range(8)]
+    for i in (1, 5, 3, 4):  # gaps grow together on either side
+        arena.give_back(pieces[i])
+    assert arena.available() == 3 * PIECE
+    with pytest.raises(RuntimeError, match="out of GPU memory"):
+        arena.take(3 * PIECE + 1)
+    assert arena.take(2 * PIECE) == pieces[3]
+    assert arena.take(PIECE) == pieces[1]
+    with pytest.raises(RuntimeError, match=r"given back .* once"):
+        arena.give_back(pieces[4])
+
+
+def test_random_pieces_never_overlap() -> None:
+    rng = np.random.default_rng(0)
+    arena, held = _kernels_test.CudaArena(), dict[int, int]()
+    arena.reserve(64 * PIECE)
+    for _ in range(1000):
+        size = int(rng.integers(1, 8 * PIECE))
+        if len(held) < 8 and size <= arena.available():
+            piece = arena.take(size)
+            assert ctypes.string_at(piece, size) == b"\xff" * size
+            ctypes.memset(piece, 0, size)
+            assert all(piece + size <= other or other + bytes_ <= piece for other, bytes_ in held.items())
+            held[piece] = size
+        elif held:
+            piece = list(held)[int(rng.integers(len(held)))]
+            del held[piece]
+            arena.give_back(piece)
+    for piece in held:
+        arena.give_back(piece)
+    assert arena.available() == 64 * PIECE
 
 
 @pytest.mark.usefixtures("machine")
 def test_a_lost_device_is_an_error() -> None:
     device = _kernels_test.Device("cuda", 1)
     _kernels_test.set_cuda_machine(lost=True)
-    with pytest.raises(RuntimeError, match="CUDA: cudaMalloc: an illegal memory access"):
+    with pytest.raises(RuntimeError, match="CUDA: cudaMemset: an illegal memory access"):
         device.scale(np.zeros((1, 8), np.float32), 1.0)
 
 

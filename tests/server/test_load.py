@@ -41,6 +41,16 @@ def test_number_formats(flags: list[str], weights: str, cache: str) -> None:
     assert (options.weight_format, options.kv_format) == (weights, cache)
 
 
+def test_how_much_memory() -> None:
+    default, memory, share = (
+        engine_options(parse_settings(["model", *flags]), checkpoint("F32", "BF16"))
+        for flags in ([], ["--memory", "4GiB"], ["--device-memory-utilization", "0.5"])
+    )
+    assert (default.memory_bytes, default.gpu_memory_utilization) == (0, 0.9)
+    assert (memory.memory_bytes, memory.gpu_memory_utilization) == (2**32, 0.9)
+    assert (share.memory_bytes, share.gpu_memory_utilization) == (0, 0.5)
+
+
 @pytest.mark.parametrize("flags", [[], ["--quantization", "int8"], ["--dtype", "bfloat16"]], ids=str)
 def test_only_float32_is_exact(flags: list[str]) -> None:
     assert not engine_options(parse_settings(["model", *flags]), checkpoint("F32", "BF16")).exact

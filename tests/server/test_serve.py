@@ -76,7 +76,7 @@ def server(*args: str, **options: str) -> Iterator[Process]:
 
 
 def test_listens_at_once_loads_serves_and_stops() -> None:
-    with server("load=0.3", "--port", "0") as process:
+    with server("load=0.3", "--port", "0", "--gpu-memory-utilization", "0.5") as process:
         health = process.client.get("/health")
         assert health.status_code == 503
         assert health.json()["status"] == "loading"
@@ -90,6 +90,7 @@ def test_listens_at_once_loads_serves_and_stops() -> None:
         assert code == 0, errors
         assert "Traceback" not in errors
         assert "listening on http://127.0.0.1:" in errors
+        assert "--gpu-memory-utilization has no effect on fake: --memory has" in errors
         assert "ready in" in errors
 
 

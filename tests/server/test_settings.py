@@ -85,12 +85,12 @@ def test_api_keys(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_flags_for_gpus_are_accepted_and_remembered() -> None:
-    argv = ["-tp", "2", "--gpu_memory_utilization=0.9", "--enforce-eager", "--trust-remote-code", "model"]
+    argv = ["-tp", "2", "--swap_space=4", "--enforce-eager", "--trust-remote-code", "model"]
     settings = parse_settings(argv)
     assert settings.model == "model"
     assert settings.without_effect == (
         "--tensor-parallel-size",
-        "--gpu-memory-utilization",
+        "--swap-space",
         "--enforce-eager",
         "--trust-remote-code",
     )
@@ -139,6 +139,10 @@ def test_chat_template_may_be_a_file(tmp_path: Path) -> None:
         (["-q", "gptq"], "'gptq' is not supported"),
         (["-q", "fp8"], "'fp8' is not supported"),
         (["-q", "gguf"], "a GGUF file is served as it is quantised, without this flag"),
+        (["--memory", "4GiB", "--gpu-memory-utilization", "0.5"], "--memory and --gpu-memory-utilization"),
+        (["--gpu-memory-utilization", "0"], "must be above 0 and at most 1, got 0"),
+        (["--gpu-memory-utilization", "90"], "must be above 0 and at most 1, got 90"),
+        (["--gpu-memory-utilization", "nan"], "must be above 0 and at most 1, got nan"),
         (["-q", "int8", "--dtype", "float32"], "--quantization int8 and --dtype float32"),
         (["--dtype", "half", "-q", "int4"], "--quantization int4 and --dtype half"),
         (["--shutdown-timeout", "nan"], "--shutdown-timeout: must be between"),
