@@ -100,14 +100,16 @@ sanitize: $(VENV)/.tests  ## ASan, UBSan and TSan runs of the engine
 	PYTHONPATH=build/asan/site:$(SITE):. $(PYTHON) -S -m pytest tests/engine tests/parity/test_tiny_gguf.py \
 		--deselect tests/engine/test_engine.py::test_memory_is_flat  # ASan keeps what is freed in quarantine
 
+CUDA_TESTS := tests/kernels tests/parity tests/engine tests/benchmarks -k "cuda or devices or gpu"
+
 # Where nvcc is: what can be proved without a GPU (csrc/cuda/README.md).
 cuda-check: $(VENV)/.tests  ## nvcc for every architecture, and the emulated tests of the CUDA device
 	$(PYTHON) csrc/cuda/compile_check.py
-	$(PYTHON) -m pytest tests/kernels tests/parity -k "cuda or devices"
+	$(PYTHON) -m pytest $(CUDA_TESTS)
 
 test-cuda: $(VENV)/.tests  ## the same tests on a GPU
 	$(VENV)/bin/cmake -G Ninja -S csrc -B build/cuda -DENGINE_TESTS=ON -DENGINE_CUDA=ON \
 		-DPython_EXECUTABLE=$(abspath $(PYTHON)) >/dev/null && $(VENV)/bin/ninja -C build/cuda
 	mkdir -p build/cuda/site/langchain_vllm_server
 	ln -sf $(abspath server)/langchain_vllm_server/* $(abspath build/cuda)/_*.so build/cuda/site/langchain_vllm_server/
-	PYTHONPATH=build/cuda/site:$(SITE):. $(PYTHON) -S -m pytest tests/kernels tests/parity -k "cuda or devices"
+	PYTHONPATH=build/cuda/site:$(SITE):. $(PYTHON) -S -m pytest $(CUDA_TESTS)
