@@ -2,6 +2,7 @@
 // _engine's Engine with the CUDA device that the tests have, emulated where there is no GPU.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/unique_ptr.h>
 #include <nanobind/stl/unordered_map.h>
@@ -11,6 +12,7 @@
 #include <cstdlib>
 
 #include "base/check.h"
+#include "cuda/cuda_device.h"
 #include "cuda/make_cuda_device.h"
 #include "engine/engine.h"
 #include "model/weights.h"
@@ -78,6 +80,12 @@ class Model {
     return nb::ndarray<nb::numpy, float>(copy->data(), {rows, cols}, owner);
   }
 
+  // How many steps were replays of a CUDA graph, and how many shapes of steps are remembered.
+  std::pair<int64_t, size_t> graphs() const {
+    const cuda::Graphs& graphs = dynamic_cast<const cuda::CudaDevice&>(*device_).graphs();
+    return {graphs.replays(), graphs.size()};
+  }
+
  private:
   ModelConfig config_;
   std::unique_ptr<Device> device_;
@@ -100,7 +108,8 @@ NB_MODULE(_model_test, m) {
            nb::arg("config"), nb::arg("tensors"), nb::arg("weight_format") = "", nb::arg("kv_format") = "F32",
            nb::arg("num_threads") = 2, nb::arg("num_blocks") = 64, nb::arg("max_tokens") = 512,
            nb::arg("exact") = true, nb::arg("device") = "cpu")
-      .def("forward", &Model::forward, nb::arg("runs"));
+      .def("forward", &Model::forward, nb::arg("runs"))
+      .def_prop_ro("graphs", &Model::graphs);
   m.def(
       "Engine",
       [](const ModelConfig& config, const TensorIndex& tensors, const EngineOptions& options,

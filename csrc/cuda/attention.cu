@@ -278,6 +278,7 @@ __global__ void __launch_bounds__(kThreads, 1)
                      View<float> out) {
   __shared__ Room<kDim> room;
   const AttentionPiece piece = pieces[blockIdx.x];
+  if (piece.tile < 0) return;
   const AttentionTile tile = tiles[static_cast<size_t>(piece.tile)];
   const int kv_head = static_cast<int>(blockIdx.y);
   const int keys = position_of(tile, heads, tile.rows - 1) + 1;  // that the last row sees
@@ -308,6 +309,7 @@ __global__ void __launch_bounds__(kThreads, 1)
                    View<const float> partials, View<float> out) {
   using S = Share<kDim>;
   __shared__ Room<kDim> room;
+  if (split_tiles[blockIdx.x] < 0) return;
   const AttentionTile tile = tiles[static_cast<size_t>(split_tiles[blockIdx.x])];
   const int kv_head = static_cast<int>(blockIdx.y), thread = static_cast<int>(threadIdx.x);
   start_rows<kDim>(room);

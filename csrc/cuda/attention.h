@@ -36,7 +36,7 @@ class CudaKvCache : public KvCache {
 struct DeviceBatch {
   int num_tokens = 0;
   const int32_t* positions = nullptr;     // (num_tokens)
-  const int64_t* slots = nullptr;         // (num_tokens): block * kBlockSize + slot in the block
+  const int64_t* slots = nullptr;         // (num_tokens): block * kBlockSize + slot in the block; -1: none
   const int32_t* block_tables = nullptr;  // (num_block_entries)
   int num_block_entries = 0;
   const float* cos_sin = nullptr;  // (num_tokens, rotary_dim / 2, 2)
@@ -53,7 +53,7 @@ struct AttentionTile {
   int32_t partial;  // index of its first partition's state when partitions are computed apart, else -1
 };
 
-// One block's work: a whole tile, or one partition of it.
+// One block's work: a whole tile, or one partition of it. Tile -1: none.
 struct AttentionPiece {
   int32_t tile, first_partition, end_partition;
 };
@@ -61,8 +61,8 @@ struct AttentionPiece {
 struct AttentionPlan {
   std::vector<AttentionTile> tiles;
   std::vector<AttentionPiece> pieces;
-  std::vector<int32_t> split_tiles;
-  int num_partials = 0;  // states of (kTileRows, head_dim + 2) numbers for each key/value head
+  std::vector<int32_t> split_tiles;  // -1: none
+  int num_partials = 0;              // states of (kTileRows, head_dim + 2) numbers for each key/value head
 };
 
 // Splits tiles as long as there are fewer than `enough` blocks, and room for the states of max_partials.

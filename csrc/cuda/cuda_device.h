@@ -8,8 +8,10 @@
 #include <vector>
 
 #include "cuda/attention.h"
+#include "cuda/graphs.h"
 #include "cuda/linear.h"
 #include "cuda/runtime.h"
+#include "cuda/step.h"
 #include "device/device.h"
 
 namespace engine::cuda {
@@ -27,6 +29,10 @@ class CudaDevice : public Device {
   size_t memory_available() const override;
   size_t memory_budget(double utilization) const override;
   void reserve(size_t bytes) override { arena_.reserve(bytes); }
+  int padded_rows(int n) const override;
+  void run(const ModelConfig& config, const Batch& batch,
+           const std::function<void(const Batch&)>& forward) override;
+  const Graphs& graphs() const { return graphs_; }
   size_t reserve_scratch(const ModelConfig& config, int max_tokens, int64_t max_blocks) override;
   std::unique_ptr<Weight> pack(std::span<const Tensor> sources, std::span<const float> bias) override;
   std::unique_ptr<Buffer> upload(std::span<const float> host) override;
@@ -53,22 +59,11 @@ class CudaDevice : public Device {
              std::span<TokenLogprobs> out) override;
 
  private:
-  // The attention plan of one sliding window for the current batch.
-  struct WindowPlan {
-    int window;
-    bool current;
-    DevicePlan plan;
-    DeviceMemory memory;
-  };
-
   float* logits_on_host(const float* logits, int vocab, size_t rows);
-  void prepare(const ModelConfig& config, const Batch& batch, int32_t num_blocks);
-  void prepare_rotation(const ModelConfig& config);
-  WindowPlan& plan_of(int window);
-  int enough_blocks() const;
-  int max_partials(const ModelConfig& config) const;
-  const DevicePlan& plan(const ModelConfig& config, int layer, const Batch& batch);
-  DevicePlan upload_plan(const AttentionPlan& plan, const ModelConfig& config, DeviceMemory& memory);
+  void stage(const ModelConfig& config, const Batch& batch, bool padded);
+  void bring_constants(const ModelConfig& config, int n);
+  DeviceBatch prepare(const ModelConfig& config, const Batch& batch, int32_t num_blocks);
+  SplitLimits split_limits(const ModelConfig& config) const;
   const int32_t* to_device(std::span<const int32_t> indices);
 
   Arithmetic arithmetic_;
@@ -82,14 +77,12 @@ class CudaDevice : public Device {
   LinearScratch linear_{arena_};
   DeviceMemory indices_{arena_};  // tokens of embed(), rows of gather_rows()
 
-  // What depends on the batch alone: made in its first layer, read in the others.
-  Batch batch_;
-  DeviceBatch on_device_;
-  DeviceMemory batch_memory_{arena_}, cos_sin_{arena_}, inv_freq_memory_{arena_}, slopes_memory_{arena_},
-      partials_{arena_};
-  std::vector<float> inv_freq_, slopes_;
-  float attention_factor_ = 0;
-  std::vector<WindowPlan> plans_;
+  StagedStep step_{arena_};
+  DeviceMemory cos_sin_{arena_}, inv_freq_memory_{arena_}, slopes_memory_{arena_};
+  std::vector<float> inv_freq_, slopes_;  // that are there
+  bool rotated_ = false;                  // cos_sin_ is that of the step
+  int32_t num_blocks_ = INT32_MAX;        // of the cache that was written last
+  Graphs graphs_{arena_};
 };
 
 }  // namespace engine::cuda

@@ -102,6 +102,7 @@ __global__ void rope_store_kernel(View<float> qkv, View<const float> cos_sin, Vi
   __syncthreads();
   if (shape.half > 0) rotate_row(row, cos_sin.from(token * static_cast<size_t>(2 * shape.half)), shape);
   __syncthreads();
+  if (slots[token] < 0) return;
   const int64_t block = slots[token] / kBlockSize, slot = slots[token] % kBlockSize;
   for (int i = static_cast<int>(threadIdx.x) / kWarpSize; i < 2 * shape.kv_heads; i += kWarps) {
     const bool value = i >= shape.kv_heads;

@@ -2,8 +2,11 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <functional>
 #include <string>
 #include <unordered_map>
+#include <utility>
+#include <vector>
 
 #include "cuda_on_cpu/machine.h"
 
@@ -22,6 +25,41 @@ cudaError_t health() {
 }
 
 }  // namespace
+
+struct CudaOnCpuStream {};
+struct CudaOnCpuGraph {
+  std::vector<std::function<void()>> nodes;
+};
+struct CudaOnCpuGraphExec : CudaOnCpuGraph {};
+
+namespace {
+
+thread_local cudaStream_t capturing = nullptr;
+thread_local cudaGraph_t recorded = nullptr;  // null: the capture is invalid
+
+cudaError_t invalidate(cudaError_t why) {
+  delete std::exchange(recorded, nullptr);
+  return why;
+}
+
+// Of calls that a capture does not bear.
+cudaError_t health_outside_captures() {
+  return capturing == nullptr ? health() : invalidate(cudaErrorStreamCaptureUnsupported);
+}
+
+}  // namespace
+
+cudaError_t cuda_on_cpu::enqueue(cudaStream_t stream, std::function<void()> work) {
+  if (const cudaError_t error = health(); error != cudaSuccess) return error;
+  if (capturing != nullptr && stream == nullptr) return invalidate(cudaErrorStreamCaptureImplicit);
+  if (capturing == nullptr || stream != capturing) {
+    work();
+    return cudaSuccess;
+  }
+  if (recorded == nullptr) return cudaErrorStreamCaptureInvalidated;
+  recorded->nodes.push_back(std::move(work));
+  return cudaSuccess;
+}
 
 cudaError_t cuda_on_cpu::launch_problem() {
   return machine.has_code ? health() : cudaErrorNoKernelImageForDevice;
@@ -43,6 +81,12 @@ const char* cudaGetErrorString(cudaError_t error) {
       return "no kernel image is available for execution on the device";
     case cudaErrorIllegalAddress:
       return "an illegal memory access was encountered";
+    case cudaErrorStreamCaptureUnsupported:
+      return "operation not permitted when stream is capturing";
+    case cudaErrorStreamCaptureInvalidated:
+      return "operation failed due to a previous error during capture";
+    case cudaErrorStreamCaptureImplicit:
+      return "operation would make the legacy stream depend on a capturing blocking stream";
   }
   return "unrecognized error code";
 }
@@ -84,7 +128,7 @@ cudaError_t cudaMemGetInfo(size_t* free, size_t* total) {
 }
 
 cudaError_t cudaMalloc(void** memory, size_t bytes) {
-  if (health() != cudaSuccess) return health();
+  if (const cudaError_t error = health_outside_captures(); error != cudaSuccess) return error;
   if (machine.used_bytes + bytes > machine.total_bytes) return cudaErrorMemoryAllocation;
   const size_t rounded = (std::max<size_t>(bytes, 1) + kAlignment - 1) / kAlignment * kAlignment;
   *memory = std::aligned_alloc(kAlignment, rounded);
@@ -101,26 +145,57 @@ cudaError_t cudaFree(void* memory) {
   machine.used_bytes -= found->second;
   allocated.erase(found);
   std::free(memory);
-  return health();
+  return health_outside_captures();
 }
 
-cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind, cudaStream_t) {
-  if (health() == cudaSuccess && bytes > 0) std::memcpy(to, from, bytes);
-  return health();
+cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind, cudaStream_t stream) {
+  return cuda_on_cpu::enqueue(stream, [=] {
+    if (bytes > 0) std::memcpy(to, from, bytes);
+  });
 }
 
-cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t) {
-  if (health() == cudaSuccess) std::memset(memory, value, bytes);
-  return health();
+cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t stream) {
+  return cuda_on_cpu::enqueue(stream, [=] { std::memset(memory, value, bytes); });
 }
 
 cudaError_t cudaStreamCreate(cudaStream_t* stream) {
-  *stream = nullptr;
+  *stream = new CudaOnCpuStream;
   return health();
 }
-cudaError_t cudaStreamDestroy(cudaStream_t) {
+cudaError_t cudaStreamDestroy(cudaStream_t stream) {
+  delete stream;
   return cudaSuccess;
 }
 cudaError_t cudaStreamSynchronize(cudaStream_t) {
+  return health_outside_captures();
+}
+
+cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode) {
+  if (stream == nullptr || capturing != nullptr) return cudaErrorStreamCaptureUnsupported;
+  capturing = stream;
+  recorded = new CudaOnCpuGraph;
   return health();
+}
+cudaError_t cudaStreamEndCapture(cudaStream_t, cudaGraph_t* graph) {
+  capturing = nullptr;
+  *graph = std::exchange(recorded, nullptr);
+  return *graph == nullptr ? cudaErrorStreamCaptureInvalidated : health();
+}
+
+cudaError_t cudaGraphInstantiate(cudaGraphExec_t* executable, cudaGraph_t graph, unsigned long long) {
+  *executable = new CudaOnCpuGraphExec{*graph};
+  return health();
+}
+cudaError_t cudaGraphLaunch(cudaGraphExec_t executable, cudaStream_t stream) {
+  return cuda_on_cpu::enqueue(stream, [executable] {
+    for (const auto& node : executable->nodes) node();
+  });
+}
+cudaError_t cudaGraphDestroy(cudaGraph_t graph) {
+  delete graph;
+  return cudaSuccess;
+}
+cudaError_t cudaGraphExecDestroy(cudaGraphExec_t executable) {
+  delete executable;
+  return cudaSuccess;
 }

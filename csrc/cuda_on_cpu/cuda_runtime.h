@@ -1,12 +1,15 @@
 // What the engine uses of CUDA's runtime, for a C++ compiler without it: found in place of NVIDIA's header by
 // the include path alone. Names and meanings are those of the CUDA Runtime API and the CUDA C++ Programming
-// Guide; memory of the "device" is the host's, and every call has finished when it returns.
+// Guide; memory of the "device" is the host's, and every call has finished when it returns. While a stream is
+// captured, its launches and copies are recorded and not run: with their arguments as they were, and what
+// pointers point to as it is when the graph runs.
 #pragma once
 
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <functional>
 #include <tuple>
 #include <utility>
 
@@ -87,9 +90,15 @@ enum cudaError_t {
   cudaErrorNoDevice = 100,
   cudaErrorNoKernelImageForDevice = 209,
   cudaErrorIllegalAddress = 700,
+  cudaErrorStreamCaptureUnsupported = 900,
+  cudaErrorStreamCaptureInvalidated = 901,
+  cudaErrorStreamCaptureImplicit = 906,
 };
 enum cudaMemcpyKind { cudaMemcpyHostToDevice = 1, cudaMemcpyDeviceToHost = 2, cudaMemcpyDeviceToDevice = 3 };
+enum cudaStreamCaptureMode { cudaStreamCaptureModeGlobal, cudaStreamCaptureModeThreadLocal };
 using cudaStream_t = struct CudaOnCpuStream*;
+using cudaGraph_t = struct CudaOnCpuGraph*;
+using cudaGraphExec_t = struct CudaOnCpuGraphExec*;
 
 struct cudaDeviceProp {
   char name[256];
@@ -122,10 +131,18 @@ cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t)
 cudaError_t cudaStreamCreate(cudaStream_t* stream);
 cudaError_t cudaStreamDestroy(cudaStream_t stream);
 cudaError_t cudaStreamSynchronize(cudaStream_t stream);
+cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode mode);
+cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* graph);
+cudaError_t cudaGraphInstantiate(cudaGraphExec_t* executable, cudaGraph_t graph, unsigned long long flags);
+cudaError_t cudaGraphLaunch(cudaGraphExec_t executable, cudaStream_t stream);
+cudaError_t cudaGraphDestroy(cudaGraph_t graph);
+cudaError_t cudaGraphExecDestroy(cudaGraphExec_t executable);
 
 namespace cuda_on_cpu {
 cudaError_t launch_problem();  // why no kernel can run
-}
+// Runs or records it.
+cudaError_t enqueue(cudaStream_t stream, std::function<void()> work);
+}  // namespace cuda_on_cpu
 
 template <class Kernel>
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, Kernel*) {
@@ -137,6 +154,8 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
                                Arguments&&... arguments) {
   if (const cudaError_t problem = cuda_on_cpu::launch_problem(); problem != cudaSuccess) return problem;
   const std::tuple<Parameters...> values(std::forward<Arguments>(arguments)...);
-  cuda_on_cpu::run(config->gridDim, config->blockDim, [&] { std::apply(kernel, values); });
-  return cudaSuccess;
+  return cuda_on_cpu::enqueue(config->stream,
+                              [kernel, values, grid = config->gridDim, block = config->blockDim] {
+                                cuda_on_cpu::run(grid, block, [&] { std::apply(kernel, values); });
+                              });
 }

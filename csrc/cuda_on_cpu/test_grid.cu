@@ -175,7 +175,10 @@ void schedule_cuda_like(int num_threads) {
                                              : cuda_on_cpu::Schedule::DESCENDING);
 }
 
+void bind_cuda_graphs(nb::module_& m);
+
 void bind_cuda_on_cpu(nb::module_& m) {
+  bind_cuda_graphs(m);
   m.def("run_cuda", &run);
   m.def("mma", &mma);
   m.def("schedule_cuda_like", &schedule_cuda_like);

@@ -8,6 +8,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <span>
 #include <string>
@@ -73,6 +74,15 @@ class Device {
   virtual std::unique_ptr<Buffer> upload(std::span<const float> host) = 0;
   virtual size_t kv_bytes_per_block(const ModelConfig& config, Format format) const = 0;
   virtual std::unique_ptr<KvCache> kv_alloc(const ModelConfig& config, Format format, int32_t num_blocks) = 0;
+
+  // A forward pass: calls forward() with the batch, or replays what that launched for one of the same shape.
+  // The batch that forward() gets may be filled up, to at most padded_rows(its rows) tokens and rows of
+  // logits: more of them belong to no sequence, and what comes out for those is of no account.
+  virtual void run(const ModelConfig& /*config*/, const Batch& batch,
+                   const std::function<void(const Batch&)>& forward) {
+    forward(batch);
+  }
+  virtual int padded_rows(int n) const { return n; }
 
   // Ops. `n` is the number of rows.
   // out (n, cols): rows of `table` by token id.

@@ -94,7 +94,7 @@ Engine::Engine(const ModelConfig& config, const TensorIndex& tensors, const Engi
   const int max_tokens = options_.max_num_batched_tokens;
   const int max_logits = std::min(std::max(options_.max_num_seqs, 16), max_tokens);
   const auto activations =
-      static_cast<int64_t>(Transformer::activation_bytes(config_, max_tokens, max_logits));
+      static_cast<int64_t>(Transformer::activation_bytes(config_, *device_, max_tokens, max_logits));
   const int64_t loaded = loaded_bytes(tensors, options_.weight_format);
   require(loaded + activations < memory,
           "the weights (" + mib(loaded) + ") and activations (" + mib(activations) + ") do not fit in " +

@@ -10,28 +10,31 @@ struct Transformer::Activations {
   Activations(const ModelConfig& c, Device& d, int max_tokens, int max_logits)
       : max_tokens(max_tokens),
         max_logits(max_logits),
-        residual(d.alloc(size(max_tokens, c.hidden_size))),
-        normed(d.alloc(size(max_tokens, c.hidden_size))),
-        delta(d.alloc(size(max_tokens, c.hidden_size))),
-        qkv(d.alloc(size(max_tokens, c.qkv_size()))),
-        attended(d.alloc(size(max_tokens, c.q_size()))),
-        mlp_in(d.alloc(size(max_tokens, c.mlp_in_size()))),
-        mlp_mid(d.alloc(size(max_tokens, c.intermediate_size))),
-        last(d.alloc(size(max_logits, c.hidden_size))),
-        logits(d.alloc(size(max_logits, c.vocab_size))) {}
+        token_rows(d.padded_rows(max_tokens)),
+        logit_rows(d.padded_rows(max_logits)),
+        residual(d.alloc(size(token_rows, c.hidden_size))),
+        normed(d.alloc(size(token_rows, c.hidden_size))),
+        delta(d.alloc(size(token_rows, c.hidden_size))),
+        qkv(d.alloc(size(token_rows, c.qkv_size()))),
+        attended(d.alloc(size(token_rows, c.q_size()))),
+        mlp_in(d.alloc(size(token_rows, c.mlp_in_size()))),
+        mlp_mid(d.alloc(size(token_rows, c.intermediate_size))),
+        last(d.alloc(size(logit_rows, c.hidden_size))),
+        logits(d.alloc(size(logit_rows, c.vocab_size))) {}
 
   static size_t size(int rows, int cols) { return static_cast<size_t>(rows) * static_cast<size_t>(cols); }
 
   int max_tokens, max_logits;
-  std::unique_ptr<Buffer> residual;  // (max_tokens, hidden_size)
-  std::unique_ptr<Buffer> normed;    // (max_tokens, hidden_size)
-  std::unique_ptr<Buffer> delta;     // (max_tokens, hidden_size)
-  std::unique_ptr<Buffer> qkv;       // (max_tokens, qkv_size)
-  std::unique_ptr<Buffer> attended;  // (max_tokens, q_size)
-  std::unique_ptr<Buffer> mlp_in;    // (max_tokens, mlp_in_size)
-  std::unique_ptr<Buffer> mlp_mid;   // (max_tokens, intermediate_size)
-  std::unique_ptr<Buffer> last;      // (max_logits, hidden_size)
-  std::unique_ptr<Buffer> logits;    // (max_logits, vocab_size)
+  int token_rows, logit_rows;        // as many with what fills up a batch
+  std::unique_ptr<Buffer> residual;  // (token_rows, hidden_size)
+  std::unique_ptr<Buffer> normed;    // (token_rows, hidden_size)
+  std::unique_ptr<Buffer> delta;     // (token_rows, hidden_size)
+  std::unique_ptr<Buffer> qkv;       // (token_rows, qkv_size)
+  std::unique_ptr<Buffer> attended;  // (token_rows, q_size)
+  std::unique_ptr<Buffer> mlp_in;    // (token_rows, mlp_in_size)
+  std::unique_ptr<Buffer> mlp_mid;   // (token_rows, intermediate_size)
+  std::unique_ptr<Buffer> last;      // (logit_rows, hidden_size)
+  std::unique_ptr<Buffer> logits;    // (logit_rows, vocab_size)
 };
 
 Transformer::Transformer(const ModelConfig& config, Weights weights, Device& device, int max_tokens,
@@ -43,12 +46,13 @@ Transformer::Transformer(const ModelConfig& config, Weights weights, Device& dev
 
 Transformer::~Transformer() = default;
 
-size_t Transformer::activation_bytes(const ModelConfig& c, int max_tokens, int max_logits) {
+size_t Transformer::activation_bytes(const ModelConfig& c, const Device& device, int max_tokens,
+                                     int max_logits) {
   const size_t per_token =
       3 * c.hidden_size + c.qkv_size() + c.q_size() + c.mlp_in_size() + c.intermediate_size;
   const size_t per_logit = static_cast<size_t>(c.hidden_size) + static_cast<size_t>(c.vocab_size);
-  return sizeof(float) *
-         (static_cast<size_t>(max_tokens) * per_token + static_cast<size_t>(max_logits) * per_logit);
+  return sizeof(float) * (static_cast<size_t>(device.padded_rows(max_tokens)) * per_token +
+                          static_cast<size_t>(device.padded_rows(max_logits)) * per_logit);
 }
 
 void Transformer::kv_alloc(Format format, int32_t num_blocks) {
@@ -56,10 +60,19 @@ void Transformer::kv_alloc(Format format, int32_t num_blocks) {
 }
 
 float* Transformer::forward(const Batch& batch) {
+  check(batch.num_tokens() > 0 && batch.num_tokens() <= activations_->max_tokens,
+        "batch fits the activations");
+  device_.run(config_, batch, [this](const Batch& b) {
+    layers(b);
+    logits(b.logit_rows);
+  });
+  return activations_->logits->data;
+}
+
+void Transformer::layers(const Batch& batch) {
   const ModelConfig& c = config_;
   Activations& a = *activations_;
   const int n = batch.num_tokens();
-  check(n > 0 && n <= a.max_tokens, "batch fits the activations");
 
   float* x = a.residual->data;
   float* delta = nullptr;  // what the last block adds to the residual; added by the norm that reads the sum
@@ -86,7 +99,6 @@ float* Transformer::forward(const Batch& batch) {
     device_.linear(*layer.mlp_out, a.mlp_mid->data, a.delta->data, n);
   }
   device_.add(x, delta, n, c.hidden_size);
-  return logits(batch.logit_rows);
 }
 
 int Transformer::max_logits() const {
@@ -98,7 +110,7 @@ float* Transformer::hidden(std::span<const int32_t> rows) {
   const ModelConfig& c = config_;
   Activations& a = *activations_;
   const auto n = static_cast<int>(rows.size());
-  check(n <= a.max_logits, "the rows fit the activations");
+  check(n <= a.logit_rows, "the rows fit the activations");
   const NormWeights& w = weights_->final_norm;
   float* last = a.last->data;
   device_.gather_rows(a.residual->data, rows, last, c.hidden_size);

@@ -40,7 +40,8 @@ class Transformer {
   ~Transformer();
 
   // What the constructor allocates beside the weights.
-  static size_t activation_bytes(const ModelConfig& config, int max_tokens, int max_logits);
+  static size_t activation_bytes(const ModelConfig& config, const Device& device, int max_tokens,
+                                 int max_logits);
 
   void kv_alloc(Format format, int32_t num_blocks);
   // Runs the batch; returns logits (batch.num_logits(), vocab_size), valid until the next call.
@@ -53,6 +54,8 @@ class Transformer {
 
  private:
   struct Activations;
+
+  void layers(const Batch& batch);
 
   ModelConfig config_;
   Device& device_;

@@ -152,6 +152,55 @@ def test_random_pieces_never_overlap() -> None:
     assert arena.available() == 64 * PIECE
 
 
+def test_a_graph_runs_with_its_arguments_as_they_were_and_memory_as_it_is() -> None:
+    graphs = _kernels_test.CudaGraphs()
+    graphs.add([1], 10, 1)
+    assert graphs.state == (11, 1, 0, 1)  # directly
+    graphs.add([1], 20, 2)
+    assert graphs.state == (33, 2, 1, 1)  # recorded, and then run once
+    graphs.add([1], 30, 3)
+    assert graphs.state == (33 + 20 + 3, 2, 2, 1)
+    graphs.add([1, 2], 40, 4)
+    assert graphs.state == (56 + 44, 3, 2, 2)
+
+
+def test_graphs_are_forgotten_when_memory_moves_or_others_come() -> None:
+    graphs = _kernels_test.CudaGraphs()
+    for _ in range(3):
+        graphs.add([0], 0, 0)
+    graphs.move_memory()
+    graphs.add([0], 1, 0)
+    assert graphs.state == (1, 3, 2, 1)
+    for i in range(_kernels_test.most_cuda_graphs):
+        graphs.add([1, i], 0, 0)
+    assert graphs.state[3] == _kernels_test.most_cuda_graphs
+    launches = graphs.state[1]
+    graphs.add([1, 0], 0, 0)  # still known: the second time, it is recorded
+    graphs.add([1, 0], 0, 0)
+    assert graphs.state[1:3] == (launches + 1, 4)
+    graphs.add([0], 1, 0)
+    graphs.add([1, 1], 0, 0)  # gone, as the one that was used least recently
+    assert graphs.state[2] == 4
+
+
+@pytest.mark.parametrize(
+    ("besides", "error"),
+    [
+        ("malloc", "cudaMalloc: operation not permitted when stream is capturing"),
+        ("synchronize", "cudaStreamSynchronize: operation not permitted when stream is capturing"),
+        ("another stream", "cudaMemset: operation would make the legacy stream depend on a capturing"),
+        ("unchecked", "cudaStreamEndCapture: operation failed due to a previous error during capture"),
+    ],
+)
+def test_what_a_capture_does_not_bear_is_an_error(besides: str, error: str) -> None:
+    graphs = _kernels_test.CudaGraphs()
+    graphs.add([0], 1, 0)
+    with pytest.raises(RuntimeError, match=error):
+        graphs.add([0], 1, 0, besides)
+    graphs.add([0], 1, 0)  # an error leaves nothing behind
+    assert graphs.state[0] == 2
+
+
 @pytest.mark.usefixtures("machine")
 def test_a_lost_device_is_an_error() -> None:
     device = _kernels_test.Device("cuda", 1)
