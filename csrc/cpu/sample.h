@@ -1,8 +1,8 @@
 // From logits to tokens: a pure function of one row of logits, its request's parameters, the tokens so far
 // and the position. The order is vLLM's: the mask of a constraint; log-probabilities of what it leaves;
-// allowed_token_ids, bad_words,
-// logit_bias and min_tokens; penalties; greedy or temperature, min_p, top_k, top_p and a draw. A NaN counts
-// as -inf.
+// allowed_token_ids; the edits of device/edits.h; greedy or temperature, min_p, top_k, top_p and a draw. A
+// NaN counts as -inf. Weights are added up as integers (mass()), so a sum has no order, and other devices
+// draw the same.
 #pragma once
 
 #include <cstdint>
@@ -11,6 +11,8 @@
 
 #include "cpu/kernels.h"
 #include "cpu/thread_pool.h"
+#include "device/edits.h"
+#include "device/logprobs.h"
 #include "device/sampling.h"
 
 namespace engine {
@@ -28,11 +30,11 @@ class Sampler {
     int32_t token;
     float weight;  // its probability over the most likely token's
   };
-  struct Scratch {                // of one worker
-    std::vector<float> raw;       // (vocab): the logits as they came
-    std::vector<float> weights;   // (vocab)
-    std::vector<int32_t> counts;  // (vocab), all 0 between rows
-    std::vector<float> allowed;   // the logits of allowed_token_ids
+  struct Scratch {               // of one worker
+    std::vector<float> raw;      // (vocab): the logits as they came
+    std::vector<float> weights;  // (vocab)
+    EditList edits;
+    std::vector<float> allowed;  // the logits of allowed_token_ids
     std::vector<int32_t> indices;
     std::vector<Candidate> candidates;  // by ascending token
     std::vector<Candidate> ordered;     // the same in another order
@@ -42,13 +44,9 @@ class Sampler {
   int32_t draw(std::span<float> logits, const SamplingRow& row, Scratch& scratch) const;
   void collect(std::span<float> logits, const SamplingParams& params, Scratch& scratch) const;
   double log_sum_exp(std::span<const float> logits, Scratch& scratch) const;
-  TokenLogprobs logprobs(std::span<const float> raw, int32_t token, int32_t num_top, Scratch& scratch) const;
-  TokenLogprobs logprobs(std::span<const float> raw, int32_t token, std::span<const int32_t> others,
-                         Scratch& scratch) const;
-  TokenLogprobs named_logprobs(std::span<const float> raw, int32_t token, std::span<const int32_t> named,
-                               Scratch& scratch) const;
+  ChosenLogit chosen(std::span<const float> raw, int32_t token, Scratch& scratch) const;
   static void restrict(std::span<float> logits, const SamplingRow& row, std::vector<float>& allowed);
-  static void penalize(std::span<float> logits, const SamplingRow& row, std::vector<int32_t>& counts);
+  static int64_t total_mass(std::span<const Candidate> candidates);
   static void keep_top_p(float top_p, Scratch& scratch);
 
   const PointwiseKernels& kernels_;
