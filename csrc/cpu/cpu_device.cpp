@@ -1,5 +1,7 @@
 #include "cpu/cpu_device.h"
 
+#include <unistd.h>
+
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
@@ -107,6 +109,14 @@ size_t CpuDevice::memory_available() const {
   require(kib.has_value(),
           "cannot read MemAvailable from /proc/meminfo; give the engine's memory explicitly");
   return std::min(*kib * 1024, cgroups_available());
+}
+
+// The second-level cache's worth. Weights are read once for each such piece, which fewer rows would not pay
+// for.
+int CpuDevice::rows_at_once(size_t row_bytes) const {
+  const long cache = sysconf(_SC_LEVEL2_CACHE_SIZE);  // 0 or -1 where it is not known
+  const size_t rows = static_cast<size_t>(std::max(cache, 0L)) / row_bytes;
+  return static_cast<int>(std::clamp<size_t>(rows / kRowTile * kRowTile, 4 * kRowTile, 32 * kRowTile));
 }
 
 std::unique_ptr<Weight> CpuDevice::pack(std::span<const Tensor> sources, std::span<const float> bias) {

@@ -24,6 +24,7 @@ class CpuDevice : public Device {
   std::unique_ptr<Buffer> alloc(size_t numbers) override;
   void copy_to_host(float* host, const float* device, size_t numbers) override;
   size_t memory_available() const override;
+  int rows_at_once(size_t row_bytes) const override;
   std::unique_ptr<Weight> pack(std::span<const Tensor> sources, std::span<const float> bias) override;
   std::unique_ptr<Buffer> upload(std::span<const float> host) override;
   size_t kv_bytes_per_block(const ModelConfig& config, Format format) const override;

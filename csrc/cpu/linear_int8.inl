@@ -26,31 +26,50 @@ inline int32_t largest_bits(const float* x) {
   return reduce_max(max(bits(load(x)) & 0x7fffffff, bits(load(x + 16)) & 0x7fffffff));
 }
 
-// 32 columns of one row. An infinity or NaN makes its group's scale NaN, and with it every result of its row.
-inline void quantise_group(const float* x, int r, QuantisedTile& out) {
-  const int32_t most_bits = largest_bits(x);
-  const float most = __builtin_bit_cast(float, most_bits);
-  const bool finite = most_bits < 0x7f800000;
-  const F32x16 inverse = broadcast(finite && most > kSmallest ? 127.0f / most : 0.0f);
-  const F32x16 low = round(load(x) * inverse), high = round(load(x + 16) * inverse);
-  alignas(32) int8_t q[32];
-  store_i8(q, low);
-  store_i8(q + 16, high);
-  __builtin_memcpy(out.q[r], q, sizeof q);
-  const int sum_low = finite ? static_cast<int>(sum(low)) : 0;  // exact
-  const int sum_high = finite ? static_cast<int>(sum(high)) : 0;
-  out.minus[0][r] = -(sum_low + sum_high);
-  out.minus[1][r] = -sum_low;
-  out.minus[2][r] = -sum_high;
-  out.scale[r] = finite ? most * (1.0f / 127) : __builtin_nanf("");
-  out.sum[r] = out.scale[r] * static_cast<float>(sum_low + sum_high);
+// Σq of 32 columns, as a tile keeps it; two rows at a time.
+inline void sum_quants(int rows, QuantisedTile& out) {
+  constexpr int32_t four_ones = 0x01010101;
+  const I32x16 ones = broadcast_i32(&four_ones);
+  alignas(64) float sums[kRowTile][8];  // 16 columns' in each of four lanes
+  for (int r = 0; r < rows; r += 2) {
+    F32x16 fours =
+        to_float(add_dot<true>(zero_i32(), ones, load_i32(out.q[r])));  // exact, as all that follows
+    fours = fours + xor_lanes<1>(fours);
+    to_lanes(fours + xor_lanes<2>(fours), sums[r]);
+  }
+  for (int r = 0; r < rows; ++r) {
+    out.minus[1][r] = -static_cast<int32_t>(sums[r][0]);
+    out.minus[2][r] = -static_cast<int32_t>(sums[r][4]);
+    out.minus[0][r] = out.minus[1][r] + out.minus[2][r];
+    out.sum[r] = out.scale[r] * static_cast<float>(-out.minus[0][r]);
+  }
 }
 
-// What rows that do not exist would be in a tile is left as it was.
-void quantise(const float* x, int64_t cols, int rows, QuantisedTile* out) {
-  for (int64_t g = 0; g < cols / 32; ++g) {
-    for (int r = 0; r < rows; ++r) quantise_group(x + r * cols + 32 * g, r, out[g]);
+// 32 columns. An infinity or NaN makes its group's scale NaN, and with it every result of its row. What rows
+// that do not exist would be in a tile is left as it was.
+inline void quantise_group(const float* x, int64_t cols, int rows, QuantisedTile& out) {
+  alignas(64) int32_t most_bits[kRowTile];
+  for (int r = 0; r < rows; ++r) most_bits[r] = largest_bits(x + r * cols);
+  alignas(64) float most[kRowTile], inverse[kRowTile];
+  __builtin_memcpy(most, most_bits, sizeof most);
+  for (int r = 0; r < rows; ++r) {
+    const bool finite = most_bits[r] < 0x7f800000;
+    inverse[r] = finite && most[r] > kSmallest ? 127.0f / most[r] : 0.0f;
+    out.scale[r] = finite ? most[r] * (1.0f / 127) : __builtin_nanf("");
   }
+  for (int r = 0; r < rows; ++r) {
+    const F32x16 factor = broadcast(inverse[r]);
+    auto* q = reinterpret_cast<int8_t*>(out.q[r]);
+    store_i8(q, round(load(x + r * cols) * factor));
+    store_i8(q + 16, round(load(x + r * cols + 16) * factor));
+  }
+}
+
+// Sums come when all is stored: what was stored a moment ago in smaller pieces cannot be loaded at once.
+void quantise(const float* x, int64_t cols, int rows, QuantisedTile* out) {
+  const int64_t groups = cols / 32;
+  for (int64_t g = 0; g < groups; ++g) quantise_group(x + 32 * g, cols, rows, out[g]);
+  for (int64_t g = 0; g < groups; ++g) sum_quants(rows, out[g]);
 }
 
 // 32 columns of a panel: kScales scales (Q6_K has two), each over kFours runs of four columns.

@@ -84,6 +84,10 @@ class Device {
   }
   virtual int padded_rows(int n) const { return n; }
 
+  // How many rows of `row_bytes` ops are best run on together, where all could be: as many as a CPU's caches
+  // hold.
+  virtual int rows_at_once(size_t /*row_bytes*/) const { return INT32_MAX; }
+
   // Ops. `n` is the number of rows.
   // out (n, cols): rows of `table` by token id.
   virtual void embed(const Weight& table, std::span<const int32_t> tokens, float* out) = 0;

@@ -1,5 +1,7 @@
 #include "model/transformer.h"
 
+#include <algorithm>
+
 #include "base/check.h"
 #include "model/weights.h"
 
@@ -94,11 +96,24 @@ void Transformer::layers(const Batch& batch) {
     device_.linear(*layer.attn_out, a.attended->data, a.delta->data, n);
     delta = a.delta->data;
     norm(layer.mlp_norm);
-    device_.linear(*layer.mlp_in, a.normed->data, a.mlp_in->data, n);
-    device_.activation(c.activation, c.gated_mlp, a.mlp_in->data, a.mlp_mid->data, n, c.intermediate_size);
-    device_.linear(*layer.mlp_out, a.mlp_mid->data, a.delta->data, n);
+    mlp(layer, n);
   }
   device_.add(x, delta, n, c.hidden_size);
+}
+
+// delta = mlp(normed), a few rows at a time: the widest activations of all would leave the caches.
+void Transformer::mlp(const LayerWeights& layer, int n) {
+  const ModelConfig& c = config_;
+  Activations& a = *activations_;
+  const auto row_bytes = sizeof(float) * static_cast<size_t>(c.mlp_in_size() + c.intermediate_size);
+  const int at_once = device_.rows_at_once(row_bytes);
+  for (int row = 0; row < n; row += at_once) {
+    const int rows = std::min(at_once, n - row);
+    const size_t first = Activations::size(row, c.hidden_size);
+    device_.linear(*layer.mlp_in, a.normed->data + first, a.mlp_in->data, rows);
+    device_.activation(c.activation, c.gated_mlp, a.mlp_in->data, a.mlp_mid->data, rows, c.intermediate_size);
+    device_.linear(*layer.mlp_out, a.mlp_mid->data, a.delta->data + first, rows);
+  }
 }
 
 int Transformer::max_logits() const {

@@ -31,6 +31,7 @@ struct Loading {
   std::atomic<int64_t> bytes_done = 0, bytes_total = 0;
 };
 
+struct LayerWeights;
 struct Weights;
 
 class Transformer {
@@ -56,6 +57,7 @@ class Transformer {
   struct Activations;
 
   void layers(const Batch& batch);
+  void mlp(const LayerWeights& layer, int n);
 
   ModelConfig config_;
   Device& device_;
