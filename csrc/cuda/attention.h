@@ -19,8 +19,8 @@ inline constexpr int kPartition = 128;  // keys; a multiple of kBlockSize
 inline constexpr int kTileRows = 16;  // queries of one key/value head that share the loads of keys and values
 inline constexpr int kMaxHeadDim = 256;
 
-// In memory: (block, layer, key/value head) → keys (kBlockSize, head_dim), then values (kBlockSize,
-// head_dim), then if they are bytes f32 scales of keys and of values (2, kBlockSize).
+// In memory: (block, layer, key/value head) → squares of keys, squares of values (kv_formats.cuh), then if
+// they are bytes f32 scales of keys and of values (2, kBlockSize).
 class CudaKvCache : public KvCache {
  public:
   CudaKvCache(Arena& arena, const ModelConfig& config, Format format, int32_t num_blocks);

@@ -50,6 +50,14 @@ __device__ float block_sum(float x, Shared<float, kWarps>& partial) {
   return sum;
 }
 
+// Two f32 as bf16, and what that leaves of them.
+__device__ inline uint32_t split_pair(float& low, float& high) {
+  const uint32_t both = pack_bf16(low, high);
+  low -= bits_to_float(both << 16);
+  high -= bits_to_float(both & 0xffff0000);
+  return both;
+}
+
 // e^x as cpu/vec_math.inl has it: 1 ulp; 0 below -86.5, e^88.37 above 88.37; NaN stays NaN.
 __device__ inline float exp_f32(float x) {
   constexpr float lowest = -86.5f, highest = 88.37f;

@@ -23,12 +23,13 @@ OPTIONS = [
     "-Icsrc",
     "-Icsrc/cuda/nvidia",
 ]
-# 16 bytes at once of weights and activations, and the matrix instructions on them.
-INSTRUCTIONS = [
-    r"ld\.global(\.nc)?\.v4\.(u32|b32)",
-    r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.bf16\.bf16\.f32",
-    r"mma\.sync\.aligned\.m16n8k32\.row\.col\.s32\.u8\.s8\.s32",
-]
+# 16 bytes at once of weights and activations or keys and values, and the matrix instructions on them.
+LOAD = r"ld\.global(\.nc)?\.v4\.(u32|b32)"
+MULTIPLY = r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.bf16\.bf16\.f32"
+INSTRUCTIONS = {
+    "linear": [LOAD, MULTIPLY, r"mma\.sync\.aligned\.m16n8k32\.row\.col\.s32\.u8\.s8\.s32"],
+    "attention": [LOAD, MULTIPLY, r"ld\.shared\.v4\.(u32|b32)"],
+}
 Resources = dict[str, tuple[int, int]]  # kernel → the most registers and bytes spilled of its instances
 
 
@@ -65,6 +66,14 @@ def resources(source: Path, folder: Path) -> Resources:
     return most
 
 
+def missing(source: str, folder: Path) -> list[str]:
+    """Which of a file's instructions nvcc does not generate."""
+    ptx = folder / f"{source}.ptx"
+    nvcc(f"-arch=compute_{ARCHITECTURES[0]}", "-ptx", str(CSRC / "cuda" / f"{source}.cu"), "-o", str(ptx))
+    text = ptx.read_text()
+    return [f"{source}.cu has no {pattern}" for pattern in INSTRUCTIONS[source] if not re.search(pattern, text)]
+
+
 def table() -> Resources:
     """What the kernels may take."""
     rows = [line.split() for line in TABLE.read_text().splitlines() if line and not line.startswith("#")]
@@ -77,14 +86,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for source in sorted((CSRC / "cuda").glob("*.cu")):
             found |= resources(source, Path(folder))
-        ptx = Path(folder) / "linear.ptx"
-        nvcc(f"-arch=compute_{ARCHITECTURES[0]}", "-ptx", str(CSRC / "cuda" / "linear.cu"), "-o", str(ptx))
-        missing = [pattern for pattern in INSTRUCTIONS if not re.search(pattern, ptx.read_text())]
+        problems = [problem for source in INSTRUCTIONS for problem in missing(source, Path(folder))]
     if "--write" in sys.argv:
         lines = [f"{name} {registers} {spilled}" for name, (registers, spilled) in sorted(found.items())]
         header = "# kernel, most registers of a thread, most bytes spilled; over all its instances and architectures"
         TABLE.write_text("\n".join([header, *lines, ""]))
-    problems = [f"linear.cu has no {pattern}" for pattern in missing]
     for name, took in found.items():
         may = table().get(name, (0, 0))
         if took[0] > may[0] or took[1] > may[1]:

@@ -32,14 +32,6 @@ struct Bytes {                 // x = scale · q
   }
 };
 
-// Two f32 as bf16, and what that leaves of them.
-__device__ inline uint32_t split_pair(float& low, float& high) {
-  const uint32_t both = pack_bf16(low, high);
-  low -= bits_to_float(both << 16);
-  high -= bits_to_float(both & 0xffff0000);
-  return both;
-}
-
 // What this lane has of x (n, cols) in a tile and step; zeros outside.
 __device__ inline void load_lane(View<const float> x, int n, int cols, int tile, int step, int lane,
                                  float (&values)[8]) {

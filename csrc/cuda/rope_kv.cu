@@ -48,53 +48,74 @@ __device__ void rotate_row(View<float> row, View<const float> cos_sin, const Rop
   }
 }
 
-// A head of the cache in the block that its token belongs to.
-template <class Kv>
-struct Place {
-  View<typename Kv::Stored> numbers;  // (2, kBlockSize, head_dim) keys and values, and their scales
-  int slot, head_dim;
+using LaneHead = LanePairs<kMaxHeadDim>;
+constexpr int kPairs = kMaxHeadDim / 64;
 
-  __device__ void store(bool value, int d, float x) const {
-    numbers[static_cast<size_t>(((value ? kBlockSize : 0) + slot) * head_dim + d)] = Kv::store(x);
-  }
-  __device__ void store_scale(bool value, float scale) const {
-    const int index = (value ? kBlockSize : 0) + slot;
-    numbers.store(static_cast<size_t>(2 * kBlockSize * head_dim + 4 * index), scale);
-  }
-};
+// visit(x, d) with each number of this lane, those that fill up the head included.
+template <class Visit>
+__device__ void each_number(LaneHead& x, int head_dim, Visit visit) {
+  for (int j = 0; j < kPairs; ++j)
+    for (int i = 0; i < 2; ++i) {
+      const int d = 2 * (static_cast<int>(threadIdx.x) % kWarpSize) + 64 * j + i;
+      if (d < squares(head_dim) * kSquare) visit(x[j][i], d);
+    }
+}
 
-using Scratch = Shared<float, kWarps * kMaxHeadDim>;
-
-// A warp rounds a head to bytes: 127 / largest, to nearest even; numbers below 2^-100 count as zeros; what is
-// no number makes the scale none.
-template <class Kv>
-__device__ void store_bytes(const Place<Kv>& place, View<const float> head, bool value, Scratch& scratch) {
-  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
-  const int mine = static_cast<int>(threadIdx.x) / kWarpSize * kMaxHeadDim;
-  __syncwarp();  // the last head has been read
-  for (int d = lane; d < place.head_dim; d += kWarpSize) scratch[mine + d] = head[static_cast<size_t>(d)];
-  if (!value) rotate_heads(scratch, mine, 1, 0, place.head_dim, lane, kWarpSize, [] { __syncwarp(); });
-  __syncwarp();
+// x becomes bytes; returns their scale: 127 / largest, to nearest even; numbers below 2^-100 count as zeros;
+// what is no number makes the scale none.
+__device__ float quantise_head(LaneHead& x, int head_dim) {
   float most = 0, poison = 0;
-  for (int d = lane; d < place.head_dim; d += kWarpSize) {
-    const float x = scratch[mine + d];
-    most = fmaxf(most, fabsf(x));
-    poison += x - x;
-  }
+  each_number(x, head_dim, [&](float& number, int) {
+    most = fmaxf(most, fabsf(number));
+    poison += number - number;
+  });
   most = warp_max(most);
   poison = warp_sum(poison);
   const float inverse = most > 0x1p-100f && poison == 0 ? 127 / most : 0;
-  for (int d = lane; d < place.head_dim; d += kWarpSize)
-    place.store(value, d, poison == 0 ? scratch[mine + d] * inverse : 0);
-  if (lane == 0) place.store_scale(value, most * (1 / 127.0f) + poison);
+  each_number(x, head_dim, [&](float& number, int) { number = poison == 0 ? number * inverse : 0; });
+  return most * (1 / 127.0f) + poison;
 }
 
-// A block for each token, a warp for each head's key or value.
+// A value with a number that is none makes its key none and becomes zeros: then whoever sees it gets none,
+// and others may multiply it by their weight, which is zero.
+template <class Kv>
+__device__ void poison_key(LaneHead& key, LaneHead& value, int head_dim) {
+  constexpr float too_large = 0x1.ffp127f;  // for a bf16
+  bool spoilt = false;
+  each_number(value, head_dim,
+              [&](float& x, int) { spoilt = spoilt || !(fabsf(Kv::load(Kv::store(x))) < too_large); });
+  if (__ballot_sync(~0u, spoilt) == 0) return;
+  each_number(key, head_dim, [](float& x, int) { x = NAN; });
+  each_number(value, head_dim, [](float& x, int) { x = 0; });
+}
+
+// A warp stores a head's key and value in its part of a block.
+template <class Kv>
+__device__ void store_head(View<typename Kv::Stored> part, int slot, int head_dim, LaneHead& key,
+                           LaneHead& value) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
+  if constexpr (Kv::kScaled) {
+    rotate_head(key, head_dim, lane);
+    const float key_scale = quantise_head(key, head_dim), value_scale = quantise_head(value, head_dim);
+    if (lane == 0) {
+      part.store(static_cast<size_t>(scale_byte(head_dim, false, slot)), key_scale);
+      part.store(static_cast<size_t>(scale_byte(head_dim, true, slot)), value_scale);
+    }
+  } else {
+    poison_key<Kv>(key, value, head_dim);
+  }
+  each_number(key, head_dim,
+              [&](float& x, int d) { part[static_cast<size_t>(key_number(slot, d))] = Kv::store(x); });
+  each_number(value, head_dim, [&](float& x, int d) {
+    part[static_cast<size_t>(value_number(head_dim, slot, d))] = Kv::store(x);
+  });
+}
+
+// A block for each token, a warp for each head.
 template <class Kv>
 __global__ void rope_store_kernel(View<float> qkv, View<const float> cos_sin, View<const int64_t> slots,
                                   View<typename Kv::Stored> cache, RopeShape shape, int64_t block_numbers,
                                   int64_t head_numbers, int64_t layer_start) {
-  __shared__ Scratch scratch;
   const size_t token = blockIdx.x;
   const int row_size = (shape.q_heads + 2 * shape.kv_heads) * shape.head_dim;
   const View<float> row = qkv.from(token * static_cast<size_t>(row_size));
@@ -104,17 +125,16 @@ __global__ void rope_store_kernel(View<float> qkv, View<const float> cos_sin, Vi
   __syncthreads();
   if (slots[token] < 0) return;
   const int64_t block = slots[token] / kBlockSize, slot = slots[token] % kBlockSize;
-  for (int i = static_cast<int>(threadIdx.x) / kWarpSize; i < 2 * shape.kv_heads; i += kWarps) {
-    const bool value = i >= shape.kv_heads;
-    const int64_t start = block * block_numbers + layer_start + i % shape.kv_heads * head_numbers;
-    const Place<Kv> place{cache.from(static_cast<size_t>(start)), static_cast<int>(slot), shape.head_dim};
-    const View<const float> head = row.from(static_cast<size_t>((shape.q_heads + i) * shape.head_dim));
-    if constexpr (Kv::kScaled) {
-      store_bytes(place, head, value, scratch);
-    } else {
-      for (int d = static_cast<int>(threadIdx.x) % kWarpSize; d < shape.head_dim; d += kWarpSize)
-        place.store(value, d, head[static_cast<size_t>(d)]);
-    }
+  const int warp = static_cast<int>(threadIdx.x) / kWarpSize,
+            lane = static_cast<int>(threadIdx.x) % kWarpSize;
+  for (int head = warp; head < shape.kv_heads; head += kWarps) {
+    const int key_head = shape.q_heads + head;
+    LaneHead key, value;
+    load_head(row.from(static_cast<size_t>(key_head * shape.head_dim)), shape.head_dim, lane, key);
+    load_head(row.from(static_cast<size_t>((key_head + shape.kv_heads) * shape.head_dim)), shape.head_dim,
+              lane, value);
+    const int64_t part = block * block_numbers + layer_start + head * head_numbers;
+    store_head<Kv>(cache.from(static_cast<size_t>(part)), static_cast<int>(slot), shape.head_dim, key, value);
   }
 }
 

@@ -119,6 +119,15 @@ class Shared {
       cuda_on_cpu::fail("shared element " + std::to_string(i) + " of " + std::to_string(kSize));
     return {data_[i], accesses_[i]};
   }
+  template <class V>
+  V load(int i) {
+    constexpr int count = sizeof(V) / sizeof(T);
+    if (i % count != 0)
+      cuda_on_cpu::fail("a shared access of " + std::to_string(sizeof(V)) + " bytes is not aligned");
+    T values[count];
+    for (int k = 0; k < count; ++k) values[k] = (*this)[i + k];
+    return std::bit_cast<V>(values);
+  }
 
  private:
   T data_[kSize];

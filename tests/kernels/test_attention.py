@@ -15,6 +15,9 @@ from tests.kernels.weights import DEVICES, few
 ISAS = _kernels_test.isas()
 U = 2.0**-24  # unit roundoff of f32
 BLOCK, PARTITION = 16, 128
+# Tensor cores add up products of bf16 terms: three of each f32, two of an f16, one of a bf16 or a byte; those of two
+# small terms are left out.
+TERM_PRODUCTS = {"F32": 6, "F16": 5, "BF16": 3, "INT8": 3}
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
 
@@ -87,15 +90,21 @@ def rounded(x: F32, kv_format: str) -> F64:
     return x.astype(np.float64)
 
 
-def reference(cfg: dict[str, Any], qkv: F32, kv_format: str) -> tuple[F64, F64]:
+def sums_per_product(isa: str, kv_format: str) -> int:
+    """How many additions a product takes, each of which rounds."""
+    return TERM_PRODUCTS[kv_format] if isa == "cuda" else 1
+
+
+def reference(cfg: dict[str, Any], qkv: F32, kv_format: str, isa: str) -> tuple[F64, F64]:
     """Attention in float64 over the rounded keys and values, and how far off f32 arithmetic may be."""
+    sums = sums_per_product(isa, kv_format)
     heads, kv_heads, dim = cfg["num_attention_heads"], cfg["num_key_value_heads"], cfg["head_dim"]
     n, scale, window = len(qkv), cfg["attention_scale"], cfg.get("sliding_window", [0])[0]
     q, k, v = np.split(qkv, [heads * dim, (heads + kv_heads) * dim], axis=1)
     q64 = q.astype(np.float64).reshape(n, heads, dim)
     k64, v64 = (np.repeat(rounded(x, kv_format).reshape(n, kv_heads, dim), heads // kv_heads, axis=1) for x in (k, v))
     scores = np.einsum("qhd,khd->hqk", q64, k64) * scale
-    error = np.einsum("qhd,khd->hqk", np.abs(q64), np.abs(k64)) * scale * (dim + 2) * U
+    error = np.einsum("qhd,khd->hqk", np.abs(q64), np.abs(k64)) * scale * (sums * dim + 3) * U
     distance = np.arange(n)[None, :] - np.arange(n)[:, None]
     if "alibi_slopes" in cfg:
         bias = np.array(cfg["alibi_slopes"], np.float32)[:, None, None] * distance
@@ -107,15 +116,16 @@ def reference(cfg: dict[str, Any], qkv: F32, kv_format: str) -> tuple[F64, F64]:
     weights = np.exp(scores - scores.max(axis=2, keepdims=True))
     weights /= weights.sum(axis=2, keepdims=True)
     out = np.einsum("hqk,khd->qhd", weights, v64)
+    # What three bf16 terms leave of a number, and products of small terms, are less than an ulp of each product.
     # A score off by e changes its weight by the factor 1 ± e, and the sum of weights by as much. Sums run over a
     # partition, and then over the partitions; each exponential and the division add a few roundings.
-    relative = 2 * error + (PARTITION + 4 * n / PARTITION + 16) * U
+    relative = 2 * error + (sums * PARTITION + 4 * n / PARTITION + 16) * U
     bound = np.einsum("hqk,khd->qhd", weights * relative, np.abs(v64))
     return out.reshape(n, -1), bound.reshape(n, -1)
 
 
-def check(cfg: dict[str, Any], qkv: F32, out: F32, kv_format: str = "F32") -> None:
-    expected, bound = reference(cfg, qkv, kv_format)
+def check(cfg: dict[str, Any], qkv: F32, out: F32, isa: str, kv_format: str = "F32") -> None:
+    expected, bound = reference(cfg, qkv, kv_format, isa)
     assert np.all(np.isfinite(out))
     assert np.all(np.abs(out - expected) <= bound)
 
@@ -129,7 +139,7 @@ HEADS = [(1, 1, 8), (4, 4, 16), (4, 4, 20), (9, 3, 64), (8, 2, 128), (5, 1, 80),
 def test_whole_prompt(isa: str, kv_format: str, heads: int, kv_heads: int, head_dim: int) -> None:
     cfg = config(heads, kv_heads, head_dim)
     qkv = random_qkv(cfg, 150, seed=head_dim)
-    check(cfg, qkv, Run(cfg, isa, kv_format)([qkv], [[150]])[0], kv_format)
+    check(cfg, qkv, Run(cfg, isa, kv_format)([qkv], [[150]])[0], isa, kv_format)
 
 
 @pytest.mark.parametrize("isa", DEVICES)
@@ -137,7 +147,7 @@ def test_whole_prompt(isa: str, kv_format: str, heads: int, kv_heads: int, head_
 def test_context_lengths(isa: str, tokens: int) -> None:
     cfg = config(6, 2, 20)
     qkv = random_qkv(cfg, tokens, seed=0)
-    check(cfg, qkv, Run(cfg, isa, threads=2)([qkv], [[tokens]])[0])
+    check(cfg, qkv, Run(cfg, isa, threads=2)([qkv], [[tokens]])[0], isa)
 
 
 @pytest.mark.parametrize("isa", DEVICES)
@@ -145,21 +155,42 @@ def test_context_lengths(isa: str, tokens: int) -> None:
 def test_sliding_window(isa: str, window: int) -> None:
     cfg = config(6, 2, 16, sliding_window=[window])
     qkv = random_qkv(cfg, 400, seed=window)
-    check(cfg, qkv, Run(cfg, isa, threads=2)([qkv], [[150, 1, 1, 248]])[0])
+    check(cfg, qkv, Run(cfg, isa, threads=2)([qkv], [[150, 1, 1, 248]])[0], isa)
 
 
 @pytest.mark.parametrize("isa", DEVICES)
 def test_alibi(isa: str) -> None:
     cfg = config(6, 2, 16, alibi_slopes=[2.0**-i for i in range(1, 7)])
     qkv = random_qkv(cfg, 300, seed=0)
-    check(cfg, qkv, Run(cfg, isa)([qkv], [[300]])[0])
+    check(cfg, qkv, Run(cfg, isa)([qkv], [[300]])[0], isa)
+
+
+@pytest.mark.parametrize("isa", DEVICES)
+@pytest.mark.parametrize("kv_format", ["F32", "F16", "BF16"])
+@pytest.mark.parametrize("size", [0.1, 8.0])
+def test_scores_and_weights_lose_no_bits(isa: str, kv_format: str, size: float) -> None:
+    """One product in each score, one weight in each result: no long sum's bound hides what is lost of them.
+
+    A score is at most six products of terms, seven roundings with what they leave out, and three more when it is
+    scaled and the greatest taken off; exp, the sum, the division and the weight's product add eight.
+    """
+    cfg = config(64, 64, 16, attention_scale=1.0)
+    rng = np.random.default_rng(0)
+    qkv = np.zeros((2, 3, 64, 16), np.float32)
+    qkv[1, 0, :, 0] = rng.uniform(-size, size, 64)
+    qkv[0, 1, :, 0] = rng.uniform(0.5, 1, 64)
+    qkv[0, 2, :, 0] = 1
+    out = Run(cfg, isa, kv_format)([qkv.reshape(2, -1)], [[2]])[0][1].reshape(64, 16)[:, 0]
+    scores = qkv[1, 0, :, 0].astype(np.float64) * rounded(qkv[0, 1, :, 0].copy(), kv_format)
+    weights = 1 / (1 + np.exp(-scores))
+    assert np.all(np.abs(out - weights) <= (10 * np.abs(scores) + 8) * U * weights)
 
 
 @pytest.mark.parametrize("isa", DEVICES)
 def test_large_scores_do_not_overflow(isa: str) -> None:
     cfg = config(3, 1, 16, attention_scale=50.0)
     qkv = random_qkv(cfg, 200, seed=0)
-    check(cfg, qkv, Run(cfg, isa)([qkv], [[200]])[0])
+    check(cfg, qkv, Run(cfg, isa)([qkv], [[200]])[0], isa)
 
 
 BITS = [
@@ -209,7 +240,7 @@ def test_split_decode_is_the_whole_one(isa: str) -> None:
     results = [Run(cfg, isa, "F16", threads)([qkv], [[699, 1]])[0] for threads in few(isa, [1, 2, 4], [1, 2])]
     assert np.array_equal(results[0], results[1])
     assert np.array_equal(results[0], results[-1])
-    expected, bound = reference(cfg, qkv, "F16")
+    expected, bound = reference(cfg, qkv, "F16", isa)
     assert np.all(np.abs(results[0][-1] - expected[-1]) <= bound[-1])
 
 
@@ -221,6 +252,21 @@ def test_later_tokens_cannot_spoil_earlier_ones(isa: str) -> None:
     qkv[133:] = np.inf
     spoilt = Run(cfg, isa)([qkv], [[140]])[0]
     assert np.array_equal(clean[:133], spoilt[:133])
+
+
+@pytest.mark.parametrize("isa", DEVICES)
+@pytest.mark.parametrize("kv_format", ["F32", "F16", "BF16"])
+@pytest.mark.parametrize("chunks", [[140], [133, 1, 6]], ids=["whole", "chunks"])
+def test_a_value_that_is_none_spoils_those_that_see_it(isa: str, kv_format: str, chunks: list[int]) -> None:
+    """Whatever their queries and keys, and nobody else."""
+    cfg = config(6, 2, 20)
+    qkv = random_qkv(cfg, 140, seed=0)
+    clean = Run(cfg, isa, kv_format)([qkv], [[140]])[0]
+    qkv[133, 8 * 20 + 3] = np.nan  # the first head's value
+    spoilt = Run(cfg, isa, kv_format)([qkv], [chunks])[0]
+    assert np.array_equal(clean[:133], spoilt[:133])
+    assert np.array_equal(clean[:, 60:], spoilt[:, 60:])  # the other head's queries
+    assert np.all(np.isnan(spoilt[133:, 3:60:20]))
 
 
 def rotated(x: F64, positions: F64, cfg: dict[str, Any]) -> F64:
@@ -294,7 +340,7 @@ def test_stored_numbers_are_rounded_to_nearest_even(isa: str) -> None:
     odd = [0, 1, -1, 1 + 2**-11, 1 + 3 * 2**-11, 1 + 2**-8, 1 + 3 * 2**-8, 65504, 6e-5, -3e-8]
     values = np.array([*odd, *[0.1] * 6], np.float32)
     qkv = np.concatenate([random_qkv(cfg, 1, seed=0)[:, :32], values[None, :]], axis=1)
-    for kv_format in ("F16", "BF16"):
+    for kv_format in ("F32", "F16", "BF16"):
         out = Run(cfg, isa, kv_format)([qkv], [[1]])[0][0]
         assert np.array_equal(out, rounded(values, kv_format).astype(np.float32))
 

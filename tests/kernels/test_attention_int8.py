@@ -8,7 +8,19 @@ import numpy as np
 import pytest
 
 from langchain_vllm_server import _kernels_test
-from tests.kernels.test_attention import BITS, F32, F64, HEADS, ISAS, PARTITION, Run, U, config, random_qkv
+from tests.kernels.test_attention import (
+    BITS,
+    F32,
+    F64,
+    HEADS,
+    ISAS,
+    PARTITION,
+    Run,
+    U,
+    config,
+    random_qkv,
+    sums_per_product,
+)
 from tests.kernels.weights import DEVICES, few
 
 every_isa = pytest.mark.parametrize("isa", DEVICES)
@@ -37,13 +49,14 @@ def as_bytes(x: F32) -> tuple[F64, F32]:
     return np.rint(x * inverse).astype(np.float64), most * np.float32(1 / np.float32(127))
 
 
-def reference(cfg: dict[str, Any], qkv: F32, in_integers: bool) -> tuple[F64, F64]:
+def reference(cfg: dict[str, Any], qkv: F32, isa: str) -> tuple[F64, F64]:
     """Attention in float64 over the bytes, and how far off the kernel may be.
 
     In integers queries are bytes, too, and beyond the roundings of f32 (two products for a score; see
     test_attention.reference for the rest) a weight times its value's scale is rounded to a byte: off by half a step, a
-    step being a 255th of the largest in its partition. Otherwise sums are in f32 instead, and that is all.
+    step being a 255th of the largest in its partition. CUDA's sums are in f32 instead, and that is all.
     """
+    in_integers, sums = isa != "cuda", sums_per_product(isa, "INT8")
     heads, kv_heads, dim = cfg["num_attention_heads"], cfg["num_key_value_heads"], cfg["head_dim"]
     n, window = len(qkv), cfg.get("sliding_window", [0])[0]
     q, k, v = np.split(qkv, [heads * dim, (heads + kv_heads) * dim], axis=1)
@@ -61,7 +74,7 @@ def reference(cfg: dict[str, Any], qkv: F32, in_integers: bool) -> tuple[F64, F6
         error = np.abs(scores) * 8 * U
     else:
         scores = np.einsum("qhd,khd->hqk", rotated_q.astype(np.float64), k64) * scale
-        error = np.einsum("qhd,khd->hqk", np.abs(rotated_q), np.abs(k64)) * scale * (dim + 8) * U
+        error = np.einsum("qhd,khd->hqk", np.abs(rotated_q), np.abs(k64)) * scale * (sums * dim + 8) * U
     distance = np.arange(n)[None, :] - np.arange(n)[:, None]
     if "alibi_slopes" in cfg:
         bias = np.array(cfg["alibi_slopes"], np.float32)[:, None, None] * distance
@@ -73,7 +86,7 @@ def reference(cfg: dict[str, Any], qkv: F32, in_integers: bool) -> tuple[F64, F6
     weights /= weights.sum(axis=2, keepdims=True)
     scaled = weights * v_scales.T[:, None, :]
     out = np.einsum("hqk,khd->qhd", scaled, v_bytes)
-    relative = 2 * error + (PARTITION + 4 * n / PARTITION + 20) * U
+    relative = 2 * error + (sums * PARTITION + 4 * n / PARTITION + 20) * U
     bound = np.einsum("hqk,khd->qhd", scaled * relative, np.abs(v_bytes))
     for start in range(0, n, PARTITION) if in_integers else []:
         part = slice(start, start + PARTITION)
@@ -84,7 +97,7 @@ def reference(cfg: dict[str, Any], qkv: F32, in_integers: bool) -> tuple[F64, F6
 
 
 def check(cfg: dict[str, Any], qkv: F32, out: F32, isa: str) -> None:
-    expected, bound = reference(cfg, qkv, in_integers=isa != "cuda")
+    expected, bound = reference(cfg, qkv, isa)
     assert np.all(np.isfinite(out))
     assert np.all(np.abs(out - expected) <= bound)
 

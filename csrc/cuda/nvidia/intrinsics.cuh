@@ -44,9 +44,14 @@ template <class T, int kSize>
 class Shared {
  public:
   __device__ T& operator[](int i) { return data_[i]; }
+  // As View::load().
+  template <class V>
+  __device__ V load(int i) const {
+    return *reinterpret_cast<const V*>(data_ + i);
+  }
 
  private:
-  T data_[kSize];
+  alignas(16) T data_[kSize];
 };
 
 __device__ inline float half_bits_to_float(uint16_t h) {
