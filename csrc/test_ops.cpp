@@ -228,13 +228,18 @@ PlainLogprobs plain(const TokenLogprobs& logprobs) {
   return out;
 }
 
-std::vector<SampleResult> sample(Device& device, Matrix logits, const std::vector<SampleRequest>& requests) {
+using Mask = std::optional<std::vector<uint32_t>>;
+
+// masks: one of each request, or none.
+std::vector<SampleResult> sample(Device& device, Matrix logits, const std::vector<SampleRequest>& requests,
+                                 const std::vector<Mask>& masks) {
   std::vector<SamplingParams> params;
   for (const auto& request : requests) params.push_back(make_params(std::get<0>(request)));
   std::vector<SamplingRow> sampling;
   for (size_t i = 0; i < requests.size(); ++i) {
     const auto& [_, tokens, num_prompt, position] = requests[i];
-    sampling.push_back({&params[i], tokens, num_prompt, position});
+    const uint32_t* mask = i < masks.size() && masks[i] ? masks[i]->data() : nullptr;
+    sampling.push_back({&params[i], tokens, num_prompt, position, mask});
   }
   check(sampling.size() == logits.shape(0), "one request per row");
   std::vector<Sampled> sampled(sampling.size());
@@ -319,7 +324,7 @@ void bind_device(nb::module_& m) {
                    "upload keeps the numbers");
              return reinterpret_cast<uintptr_t>(buffer->data);
            })
-      .def("sample", sample)
+      .def("sample", sample, "logits"_a, "requests"_a, "masks"_a = std::vector<Mask>())
       .def("score", score);
 }
 

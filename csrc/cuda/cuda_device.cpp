@@ -34,7 +34,7 @@ bool decodes(const Batch& batch) {
 
 }  // namespace
 
-CudaDevice::CudaDevice(int num_threads, Arithmetic arithmetic) : arithmetic_(arithmetic) {
+CudaDevice::CudaDevice(Arithmetic arithmetic) : arithmetic_(arithmetic) {
   const std::string problem = cuda_problem();
   require(problem.empty(), problem);
   cuda_check(cudaSetDevice(0), "cudaSetDevice");
@@ -44,7 +44,6 @@ CudaDevice::CudaDevice(int num_threads, Arithmetic arithmetic) : arithmetic_(ari
           " MiB)";
   multiprocessors_ = properties.multiProcessorCount;
   cuda_check(cudaStreamCreate(&stream_), "cudaStreamCreate");
-  cpu_ = make_device("cpu", num_threads, arithmetic);
 }
 
 CudaDevice::~CudaDevice() {
@@ -82,6 +81,7 @@ size_t CudaDevice::reserve_scratch(const ModelConfig& c, int max_tokens, int64_t
   linear_.reserve(rows, std::max({c.hidden_size, c.q_size(), c.intermediate_size}));
   indices_.reserve(static_cast<size_t>(rows) * sizeof(int32_t));
   step_.reserve(c, rows, max_blocks, split_limits(c));
+  sampler_.reserve(c.vocab_size);
   bring_constants(c, rows);
   return before - arena_.available() + Arena::kLost;
 }
@@ -232,19 +232,13 @@ void CudaDevice::scale(float* x, float factor, int n, int size) {
   scale_rows(stream_, x, factor, n, size);
 }
 
-float* CudaDevice::logits_on_host(const float* logits, int vocab, size_t rows) {
-  host_logits_.resize(rows * static_cast<size_t>(vocab));
-  copy_to_host(host_logits_.data(), logits, host_logits_.size());
-  return host_logits_.data();
-}
-
 void CudaDevice::sample(float* logits, int vocab, std::span<const SamplingRow> rows, std::span<Sampled> out) {
-  cpu_->sample(logits_on_host(logits, vocab, rows.size()), vocab, rows, out);
+  sampler_.sample(stream_, logits, vocab, rows, out);
 }
 
 void CudaDevice::score(float* logits, int vocab, std::span<const ScoringRow> rows,
                        std::span<TokenLogprobs> out) {
-  cpu_->score(logits_on_host(logits, vocab, rows.size()), vocab, rows, out);
+  sampler_.score(stream_, logits, vocab, rows, out);
 }
 
 }  // namespace engine::cuda

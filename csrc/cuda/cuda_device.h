@@ -11,6 +11,7 @@
 #include "cuda/graphs.h"
 #include "cuda/linear.h"
 #include "cuda/runtime.h"
+#include "cuda/sampler.h"
 #include "cuda/step.h"
 #include "device/device.h"
 
@@ -18,8 +19,7 @@ namespace engine::cuda {
 
 class CudaDevice : public Device {
  public:
-  // num_threads: of the CPU device that samples.
-  CudaDevice(int num_threads, Arithmetic arithmetic);
+  explicit CudaDevice(Arithmetic arithmetic);
   ~CudaDevice() override;
 
   std::string name() const override;
@@ -53,13 +53,11 @@ class CudaDevice : public Device {
   void add(float* x, const float* delta, int n, int size) override;
   void gather_rows(const float* x, std::span<const int32_t> rows, float* out, int size) override;
   void scale(float* x, float factor, int n, int size) override;
-  // On the CPU, over a copy of the logits.
   void sample(float* logits, int vocab, std::span<const SamplingRow> rows, std::span<Sampled> out) override;
   void score(float* logits, int vocab, std::span<const ScoringRow> rows,
              std::span<TokenLogprobs> out) override;
 
  private:
-  float* logits_on_host(const float* logits, int vocab, size_t rows);
   void stage(const ModelConfig& config, const Batch& batch, bool padded);
   void bring_constants(const ModelConfig& config, int n);
   DeviceBatch prepare(const ModelConfig& config, const Batch& batch, int32_t num_blocks);
@@ -70,11 +68,10 @@ class CudaDevice : public Device {
   std::string name_;
   int multiprocessors_ = 0;
   cudaStream_t stream_ = nullptr;
-  std::unique_ptr<Device> cpu_;
-  std::vector<float> host_logits_;  // (rows, vocab)
 
   Arena arena_;  // of all that follows, and of what alloc(), pack() and kv_alloc() gave
   LinearScratch linear_{arena_};
+  CudaSampler sampler_{arena_};
   DeviceMemory indices_{arena_};  // tokens of embed(), rows of gather_rows()
 
   StagedStep step_{arena_};

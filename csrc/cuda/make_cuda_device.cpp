@@ -59,8 +59,8 @@ std::string cuda_problem() {
   return problem;
 }
 
-std::unique_ptr<Device> make_cuda_device(int num_threads, Arithmetic arithmetic) {
-  return std::make_unique<cuda::CudaDevice>(num_threads, arithmetic);
+std::unique_ptr<Device> make_cuda_device(Arithmetic arithmetic) {
+  return std::make_unique<cuda::CudaDevice>(arithmetic);
 }
 
 }  // namespace engine

@@ -11,7 +11,7 @@ namespace engine {
 // Why no GPU can be used here, with the remedy; empty if one can.
 std::string cuda_problem();
 
-// The first GPU. num_threads: of the CPU, for sampling. Throws InputError with cuda_problem().
-std::unique_ptr<Device> make_cuda_device(int num_threads, Arithmetic arithmetic);
+// The first GPU. Throws InputError with cuda_problem().
+std::unique_ptr<Device> make_cuda_device(Arithmetic arithmetic);
 
 }  // namespace engine

@@ -77,10 +77,6 @@ inline unsigned __ballot_sync(unsigned mask, int predicate) {
   }
   return votes;
 }
-template <class T>
-T atomicAdd(T* address, T value) {
-  return std::exchange(*address, *address + value);
-}
 
 enum cudaError_t {
   cudaSuccess = 0,

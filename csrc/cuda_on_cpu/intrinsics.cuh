@@ -7,6 +7,7 @@
 #include <bit>
 #include <string>
 #include <type_traits>
+#include <utility>
 
 #include "base/quant.h"
 
@@ -67,17 +68,28 @@ class Accesses {
     const cuda_on_cpu::Here& me = cuda_on_cpu::here();
     if (writer_.block != me.block) cuda_on_cpu::fail("shared memory is read that nobody has written");
     refuse(writer_, me, "is read, and written by");
+    refuse(adder_, me, "is read, and added to by");
     if (readers_[0].thread != me.thread || readers_[0].block != me.block) readers_[1] = readers_[0];
     readers_[0] = {me.block, me.thread, me.barriers, me.warp_barriers};
   }
   void write() {
     const cuda_on_cpu::Here& me = cuda_on_cpu::here();
     refuse(writer_, me, "is written, and written by");
+    refuse(adder_, me, "is written, and added to by");
     for (const Access& reader : readers_) refuse(reader, me, "is written, and read by");
     writer_ = {me.block, me.thread, me.barriers, me.warp_barriers};
   }
+  // Any number of threads may add at once, but not while one reads or writes.
+  void add() {
+    const cuda_on_cpu::Here& me = cuda_on_cpu::here();
+    if (writer_.block != me.block) cuda_on_cpu::fail("shared memory is added to that nobody has written");
+    refuse(writer_, me, "is added to, and written by");
+    for (const Access& reader : readers_) refuse(reader, me, "is added to, and read by");
+    adder_ = {me.block, kAnyone, me.barriers, me.warp_barriers};
+  }
 
  private:
+  static constexpr int kAnyone = -cuda_on_cpu::kWarp;  // a thread of no warp
   struct Access {
     uint64_t block = 0;
     int thread = 0, barriers = 0, warp_barriers = 0;
@@ -86,10 +98,11 @@ class Accesses {
     if (other.block != me.block || other.thread == me.thread || other.barriers != me.barriers) return;
     const bool same_warp = other.thread / cuda_on_cpu::kWarp == me.thread / cuda_on_cpu::kWarp;
     if (same_warp && other.warp_barriers != me.warp_barriers) return;
-    cuda_on_cpu::fail("a race: shared memory " + std::string(what) + " thread " +
-                      std::to_string(other.thread) + ", without a barrier between");
+    const std::string who = other.thread == kAnyone ? "others" : "thread " + std::to_string(other.thread);
+    cuda_on_cpu::fail("a race: shared memory " + std::string(what) + " " + who +
+                      ", without a barrier between");
   }
-  Access writer_, readers_[2];
+  Access writer_, adder_, readers_[2];
 };
 
 template <class T, int kSize>
@@ -115,8 +128,7 @@ class Shared {
     Accesses& accesses_;
   };
   Element operator[](int i) {
-    if (i < 0 || i >= kSize)
-      cuda_on_cpu::fail("shared element " + std::to_string(i) + " of " + std::to_string(kSize));
+    check_index(i);
     return {data_[i], accesses_[i]};
   }
   template <class V>
@@ -128,8 +140,18 @@ class Shared {
     for (int k = 0; k < count; ++k) values[k] = (*this)[i + k];
     return std::bit_cast<V>(values);
   }
+  T add(int i, T value) {
+    check_index(i);
+    accesses_[i].add();
+    return std::exchange(data_[i], data_[i] + value);
+  }
 
  private:
+  static void check_index(int i) {
+    if (i < 0 || i >= kSize)
+      cuda_on_cpu::fail("shared element " + std::to_string(i) + " of " + std::to_string(kSize));
+  }
+
   T data_[kSize];
   Accesses accesses_[kSize];
 };

@@ -55,6 +55,17 @@ __global__ void unwritten(View<int> out) {
   out[threadIdx.x] = numbers[static_cast<int>(threadIdx.x)];
 }
 
+// All threads add to one number; then it is read.
+template <bool kBefore, bool kAfter>
+__global__ void add_up(View<int> out) {
+  __shared__ Shared<int, 1> sum;
+  if (threadIdx.x == 0) sum[0] = 0;
+  if (kBefore) __syncthreads();
+  sum.add(0, static_cast<int>(threadIdx.x));
+  if (kAfter) __syncthreads();
+  out[threadIdx.x] = sum[0];
+}
+
 __global__ void beyond(View<int> out) {
   out[threadIdx.x + 1] = 1;
 }
@@ -99,6 +110,9 @@ const std::map<std::string, Kernel> kKernels = {
     {"pass_on_in_warp, no barrier", pass_on_in_warp<false>},
     {"reuse", reuse<true>},
     {"reuse, no barrier", reuse<false>},
+    {"add_up", add_up<true, true>},
+    {"add_up, no barrier before", add_up<false, true>},
+    {"add_up, no barrier after", add_up<true, false>},
     {"unwritten", unwritten},
     {"beyond", beyond},
     {"beyond_shared", beyond_shared},

@@ -13,8 +13,7 @@ void Device::add_norm(Norm kind, float eps, const float* weight, const float* bi
 }
 
 std::unique_ptr<Device> make_device(const std::string& kind, int num_threads, Arithmetic arithmetic) {
-  if (kind == "cuda" || (kind == "auto" && cuda_problem().empty()))
-    return make_cuda_device(num_threads, arithmetic);
+  if (kind == "cuda" || (kind == "auto" && cuda_problem().empty())) return make_cuda_device(arithmetic);
   require(kind == "cpu" || kind == "auto",
           "there is no device \"" + kind + "\"; what can be asked for is \"auto\", \"cpu\" or \"cuda\"");
   return std::make_unique<CpuDevice>(select_kernels(), num_threads, arithmetic);

@@ -36,6 +36,7 @@ def test_threads_meet_at_barriers() -> None:
     assert _kernels_test.run_cuda("pass_on") == [(i + 1) % THREADS for i in range(THREADS)]
     assert _kernels_test.run_cuda("pass_on_in_warp") == [i // 32 * 32 + (i + 1) % 32 for i in range(THREADS)]
     assert _kernels_test.run_cuda("reuse") == [THREADS - 1 - i for i in range(THREADS)]
+    assert _kernels_test.run_cuda("add_up") == [sum(range(THREADS))] * THREADS
 
 
 @pytest.mark.usefixtures("order")
@@ -52,6 +53,11 @@ def test_lanes_see_each_other() -> None:
         ("pass_on, no barrier", "nobody has written|a race: shared memory is written, and read by"),
         ("pass_on_in_warp, no barrier", "nobody has written|a race: shared memory is written, and read by"),
         ("reuse, no barrier", "a race: shared memory is (written, and read by|read, and written by)"),
+        (
+            "add_up, no barrier before",
+            "nobody has written|a race: shared memory is (added to|written), and (written|added to) by",
+        ),
+        ("add_up, no barrier after", "a race: shared memory is (read, and added to by others|added to, and read by)"),
         ("unwritten", "shared memory is read that nobody has written"),
         ("beyond", r"thread \(63, 0, 0\): elements \[64, 65\) of 64"),
         ("beyond_shared", "shared element -1 of 64"),

@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from langchain_vllm_server import _kernels_test
+from tests.kernels.weights import DEVICES, ISAS, few
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
-ISAS = _kernels_test.isas()
 F32 = NDArray[np.float32]
-DEVICES = {isa: _kernels_test.Device(isa, 2) for isa in ISAS}
+ON: dict[str, _kernels_test.Device] = {}
 Result = tuple[int, list[tuple[int, float, int]]]
 
 
@@ -26,9 +26,30 @@ def f32(values: Sequence[float]) -> F32:
     return np.array(values, np.float32)
 
 
-def sample(logits: F32, params: dict[str, Any], tokens: list[int], num_prompt: int, isa: str = ISAS[0]) -> Result:
+@pytest.fixture(scope="module", autouse=True)
+def devices() -> Iterator[None]:
+    ON.update({device: _kernels_test.Device(device, 2) for device in DEVICES})
+    yield
+    ON.clear()
+
+
+@pytest.fixture(params=[ISAS[0], "cuda"])
+def device(request: pytest.FixtureRequest) -> str:
+    """Of each sampler one, where instruction sets make no difference."""
+    name: str = request.param
+    return name
+
+
+def sample(
+    logits: F32,
+    params: dict[str, Any],
+    tokens: list[int],
+    num_prompt: int,
+    device: str,
+    mask: list[int] | None = None,
+) -> Result:
     request = (params, tokens, num_prompt, len(tokens))
-    result: Result = DEVICES[isa].sample(logits.reshape(1, -1).copy(), [request])[0]
+    result: Result = ON[device].sample(logits.reshape(1, -1).copy(), [request], [mask])[0]
     return result
 
 
@@ -110,24 +131,24 @@ def cases(draw: st.DrawFn) -> tuple[F32, dict[str, Any], list[int], int]:
 
 
 @settings(max_examples=600, deadline=None)
-@given(cases(), st.sampled_from(ISAS))
-def test_draws_what_the_definition_draws(case: tuple[F32, dict[str, Any], list[int], int], isa: str) -> None:
+@given(cases(), st.sampled_from(DEVICES))
+def test_draws_what_the_definition_draws(case: tuple[F32, dict[str, Any], list[int], int], device: str) -> None:
     logits, params, tokens, num_prompt = case
-    token, logprobs = sample(logits, params, tokens, num_prompt, isa)
+    token, logprobs = sample(logits, params, tokens, num_prompt, device)
     assert logprobs == []
     x = processed(logits, params, tokens, num_prompt)
     u = _kernels_test.random_uniform(params["seed"], len(tokens))
     assert token in {drawn(x, params, u, slack) for slack in (0, -SLACK, SLACK)}
 
 
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
     "params",
     [{}, {"temperature": 0.5}, {"top_k": 5}, {"top_p": 0.8}, {"min_p": 0.1}, {"top_k": 12, "top_p": 0.9}],
     ids=str,
 )
-def test_distribution(isa: str, params: dict[str, Any]) -> None:
-    """Pearson's test over 20,000 positions of one seed; the numbers are the same in every run."""
+def test_distribution(device: str, params: dict[str, Any]) -> None:
+    """Pearson's test over many positions of one seed; the numbers are the same in every run."""
     logits = np.random.default_rng(3).standard_normal(20).astype(np.float32)
     temperature = params.get("temperature", 1.0)
     weights = np.exp(logits.astype(np.float64) / temperature)
@@ -139,8 +160,9 @@ def test_distribution(isa: str, params: dict[str, Any]) -> None:
     expected = np.zeros(20)
     expected[kept] = weights[kept] / weights[kept].sum()
 
-    n, request = 20_000, {"temperature": 1.0, "seed": 42} | params
-    rows = DEVICES[isa].sample(np.tile(logits, (n, 1)), [(request, [0], 1, position) for position in range(n)])
+    (n,) = few(device, [20_000], [500])
+    request = {"temperature": 1.0, "seed": 42} | params
+    rows = ON[device].sample(np.tile(logits, (n, 1)), [(request, [0], 1, position) for position in range(n)])
     counts = np.bincount([token for token, _ in rows], minlength=20)
     assert np.all(counts[expected == 0] == 0)
     chi2 = (((counts - n * expected) ** 2)[kept] / (n * expected[kept])).sum()
@@ -148,18 +170,22 @@ def test_distribution(isa: str, params: dict[str, Any]) -> None:
     assert chi2 < freedom + 4 * math.sqrt(2 * freedom)
 
 
-def test_a_row_is_a_pure_function() -> None:
+def test_a_row_is_a_pure_function(device: str) -> None:
     """Alone and among others, whatever thread it lands on: same logits, seed and position, same token."""
     rng = np.random.default_rng(0)
     logits = rng.standard_normal((40, 5000)).astype(np.float32)
-    requests = [({"seed": s % 3, "top_p": 0.9, "temperature": 1.5, "num_logprobs": 2}, [1, 2], 1, s) for s in range(40)]
-    together = DEVICES[ISAS[0]].sample(logits.copy(), requests)
-    alone = [DEVICES[ISAS[0]].sample(logits[i : i + 1].copy(), [requests[i]])[0] for i in range(40)]
+    base = {"top_p": 0.9, "temperature": 1.5}
+    params = [base | {"seed": s % 3, "num_logprobs": 5000 if s % 2 else 2} for s in range(40)]  # too many for one piece
+    requests = [(params[s], [1, 2], 1, s) for s in range(40)]
+    together = ON[device].sample(logits.copy(), requests)
+    alone = [ON[device].sample(logits[i : i + 1].copy(), [requests[i]])[0] for i in range(40)]
     assert together == alone
+    chosen = [(token, params[i]["num_logprobs"]) for i, (token, _) in enumerate(together)]
+    assert ON[device].score(logits.copy(), chosen) == together
 
 
-@pytest.mark.parametrize("isa", ISAS)
-def test_large_vocabulary(isa: str) -> None:
+@pytest.mark.parametrize("device", DEVICES)
+def test_large_vocabulary(device: str) -> None:
     """Sizes at which no test above could follow by hand; top_k and top_p walk their fast paths."""
     rng = np.random.default_rng(0)
     logits = (rng.standard_normal(128_256) * 3).astype(np.float32)
@@ -168,63 +194,109 @@ def test_large_vocabulary(isa: str) -> None:
             params = {"temperature": 0.8, "seed": seed} | more
             u = _kernels_test.random_uniform(seed, 1)
             allowed = {drawn(logits, params, u, slack) for slack in (0, -SLACK, SLACK)}
-            assert sample(logits, params, [0], 1, isa)[0] in allowed
+            assert sample(logits, params, [0], 1, device)[0] in allowed
+
+
+def bound(logits: F32, values: F32) -> F32:
+    """How far log-probabilities may be apart whose n weights were added up in different orders.
+
+    Either sum is off by less than n units of f64, its logarithm by one, and the result is rounded to f32.
+    """
+    log_sum = float(np.abs(logits).max()) + math.log(len(logits))
+    return np.spacing(np.abs(values)) + f32([(len(logits) + 2 * log_sum) * 2.0**-52])
+
+
+@given(cases(), st.integers(-1, 130), st.lists(st.integers(0, 119), max_size=4), st.integers(0, 3))
+def test_every_device_draws_the_same(
+    case: tuple[F32, dict[str, Any], list[int], int], k: int, named: list[int], kind: int
+) -> None:
+    logits, params, tokens, num_prompt = case
+    rng = np.random.default_rng(params["seed"])
+    if kind % 2:  # weights that fill their mantissas
+        logits = (logits + rng.standard_normal(len(logits))).astype(np.float32)
+    mask = [*rng.integers(0, 2**32, (len(logits) + 31) // 32).tolist()] if kind // 2 else None
+    params |= {"num_logprobs": k, "logprob_token_ids": [token for token in named if token < len(logits)]}
+    expected = sample(logits, params, tokens, num_prompt, ISAS[0], mask)
+    token, logprobs = sample(logits, params, tokens, num_prompt, "cuda", mask)
+    assert token == expected[0]
+    assert [(t, rank) for t, _, rank in logprobs] == [(t, rank) for t, _, rank in expected[1]]
+    values, others = f32([v for _, v, _ in logprobs]), f32([v for _, v, _ in expected[1]])
+    finite = np.isfinite(others)
+    assert np.all(finite == np.isfinite(values))
+    assert np.all(np.abs(values[finite] - others[finite]) <= bound(logits, others[finite]))
+
+
+def test_every_device_draws_the_same_of_many_tokens() -> None:
+    """Sizes at which a warp has several tokens, and a row of tied ones in three: cuts of every kind."""
+    rng = np.random.default_rng(7)
+    cuts: list[dict[str, Any]] = [{}, {"top_k": 20}, {"top_p": 0.9}, {"top_k": 3000, "top_p": 0.95}, {"min_p": 0.01}]
+    for vocab in (31, 512, 513, 32_000):
+        logits = (rng.standard_normal((15, vocab)) * 4).astype(np.float32)
+        logits[::3] = np.round(logits[::3])
+        params = [
+            {"temperature": 0.5 + row / 8, "seed": row, "num_logprobs": 3} | cuts[row % len(cuts)] for row in range(15)
+        ]
+        rows = [(params[row], [row], 1, row) for row in range(15)]
+        expected = ON[ISAS[0]].sample(logits.copy(), rows)
+        found = ON["cuda"].sample(logits.copy(), rows)
+        assert [token for token, _ in found] == [token for token, _ in expected]
+        assert [[t for t, _, _ in ps] for _, ps in found] == [[t for t, _, _ in ps] for _, ps in expected]
 
 
 @pytest.mark.parametrize("order", ["ascending", "descending", "equal"])
-def test_top_k_of_sorted_logits(order: str) -> None:
+def test_top_k_of_sorted_logits(order: str, device: str) -> None:
     logits = np.zeros(10_000, np.float32)
     if order != "equal":
         logits = np.linspace(-5, 5, 10_000, dtype=np.float32)[:: 1 if order == "ascending" else -1]
-    token, logprobs = sample(logits, {"temperature": 0.0, "num_logprobs": 20}, [0], 1)
+    token, logprobs = sample(logits, {"temperature": 0.0, "num_logprobs": 20}, [0], 1, device)
     best = sorted(range(10_000), key=lambda i: (-logits[i], i))[:20]
     assert token == best[0]
     assert [t for t, _, _ in logprobs[1:]] == best
     assert [r for _, _, r in logprobs[1:]] == ([1] * 20 if order == "equal" else [*range(1, 21)])
 
 
-def test_greedy_takes_the_first_of_equals() -> None:
+def test_greedy_takes_the_first_of_equals(device: str) -> None:
     logits = f32([1, 3, 2, 3, 3])
-    assert sample(logits, {"temperature": 0.0}, [0], 1)[0] == 1
-    assert sample(logits, {"temperature": 1e-6, "seed": 5}, [0], 1)[0] == 1
+    assert sample(logits, {"temperature": 0.0}, [0], 1, device)[0] == 1
+    assert sample(logits, {"temperature": 1e-6, "seed": 5}, [0], 1, device)[0] == 1
 
 
-def test_top_k_keeps_the_first_of_equals() -> None:
+def test_top_k_keeps_the_first_of_equals(device: str) -> None:
     logits = f32([0, 1, 1, 1])
-    tokens = {sample(logits, {"temperature": 1.0, "top_k": 2, "seed": seed}, [0], 1)[0] for seed in range(50)}
+    tokens = {sample(logits, {"temperature": 1.0, "top_k": 2, "seed": seed}, [0], 1, device)[0] for seed in range(50)}
     assert tokens == {1, 2}
 
 
-def test_top_p_keeps_the_token_that_crosses() -> None:
+def test_top_p_keeps_the_token_that_crosses(device: str) -> None:
     logits = np.log(f32([0.5, 0.3, 0.2]))
     for top_p, kept in ((0.4, {0}), (0.55, {0, 1}), (0.79, {0, 1}), (0.85, {0, 1, 2})):
         params = {"temperature": 1.0, "top_p": top_p}
-        assert {sample(logits, params | {"seed": s}, [0], 1)[0] for s in range(100)} == kept
+        assert {sample(logits, params | {"seed": s}, [0], 1, device)[0] for s in range(100)} == kept
 
 
-def test_penalties() -> None:
+def test_penalties(device: str) -> None:
     greedy = {"temperature": 0.0}
     logits = f32([2.0, 1.9, -1.0, -1.1])
-    assert sample(logits, greedy | {"repetition_penalty": 1.1}, [0], 1)[0] == 1  # a prompt token: 2 / 1.1 < 1.9
-    assert sample(logits, greedy | {"presence_penalty": 0.2}, [0, 1], 2)[0] == 0  # a prompt counts for nothing here
-    assert sample(logits, greedy | {"presence_penalty": 0.2}, [1, 0], 1)[0] == 1
-    assert sample(logits, greedy | {"frequency_penalty": 0.06}, [1, 0], 1)[0] == 0
-    assert sample(logits, greedy | {"frequency_penalty": 0.06}, [1, 0, 0], 1)[0] == 1
+    assert sample(logits, greedy | {"repetition_penalty": 1.1}, [0], 1, device)[0] == 1  # a prompt token: 2 / 1.1 < 1.9
+    assert sample(logits, greedy | {"presence_penalty": 0.2}, [0, 1], 2, device)[0] == 0  # no prompt counts here
+    assert sample(logits, greedy | {"presence_penalty": 0.2}, [1, 0], 1, device)[0] == 1
+    assert sample(logits, greedy | {"frequency_penalty": 0.06}, [1, 0], 1, device)[0] == 0
+    assert sample(logits, greedy | {"frequency_penalty": 0.06}, [1, 0, 0], 1, device)[0] == 1
     negative = f32([-1.0, -1.1])
-    assert sample(negative, greedy | {"repetition_penalty": 1.2}, [0], 1)[0] == 1  # -1 · 1.2 < -1.1
+    assert sample(negative, greedy | {"repetition_penalty": 1.2}, [0], 1, device)[0] == 1  # -1 · 1.2 < -1.1
 
 
-def test_min_tokens_hides_the_end() -> None:
+def test_min_tokens_hides_the_end(device: str) -> None:
     params = {"temperature": 0.0, "min_tokens": 2, "stop_token_ids": [0, 2]}
     logits = f32([3, 1, 2])
-    assert [sample(logits, params, [1] * n, 1)[0] for n in (1, 2, 3, 4)] == [1, 1, 0, 0]
+    assert [sample(logits, params, [1] * n, 1, device)[0] for n in (1, 2, 3, 4)] == [1, 1, 0, 0]
 
 
-def test_logprobs_are_of_the_raw_logits() -> None:
+def test_logprobs_are_of_the_raw_logits(device: str) -> None:
     rng = np.random.default_rng(0)
     logits = rng.standard_normal(300).astype(np.float32)
     params = {"temperature": 0.7, "logit_bias": [(7, 100.0)], "num_logprobs": 5, "top_k": 3}
-    token, logprobs = sample(logits, params, [0], 1)
+    token, logprobs = sample(logits, params, [0], 1, device)
     exact = logits - np.log(np.exp(logits.astype(np.float64)).sum())
     order = sorted(range(300), key=lambda i: (-logits[i], i))
     assert token == 7
@@ -234,58 +306,58 @@ def test_logprobs_are_of_the_raw_logits() -> None:
 
 
 @pytest.mark.parametrize("k", [1, 5, 20])
-def test_top_logprobs_are_the_greatest(k: int) -> None:
+def test_top_logprobs_are_the_greatest(k: int, device: str) -> None:
     """Of many random rows, half of them with ties: none of the k greatest is lost on the way."""
     for seed in range(40):
         logits = np.random.default_rng(seed).standard_normal(2000).astype(np.float32)
         if seed % 2:
             logits = np.round(logits * 4)
-        logprobs = sample(logits, {"temperature": 0.0, "num_logprobs": k}, [0], 1)[1]
+        logprobs = sample(logits, {"temperature": 0.0, "num_logprobs": k}, [0], 1, device)[1]
         assert [t for t, _, _ in logprobs[1:]] == list(np.lexsort((np.arange(2000), -logits))[:k])
 
 
-@given(cases(), st.sampled_from(ISAS), st.integers(0, 130))
+@given(cases(), st.sampled_from(DEVICES), st.integers(0, 130))
 def test_scores_are_the_logprobs_that_sampling_gives(
-    case: tuple[F32, dict[str, Any], list[int], int], isa: str, k: int
+    case: tuple[F32, dict[str, Any], list[int], int], device: str, k: int
 ) -> None:
     logits, _, tokens, _ = case
-    token, sampled = sample(logits, {"temperature": 0.0, "num_logprobs": k}, [0], 1, isa)
-    (scored,) = DEVICES[isa].score(logits.reshape(1, -1).copy(), [(token, k)])
+    token, sampled = sample(logits, {"temperature": 0.0, "num_logprobs": k}, [0], 1, device)
+    (scored,) = ON[device].score(logits.reshape(1, -1).copy(), [(token, k)])
     assert scored == (token, sampled)
-    (other,) = DEVICES[isa].score(logits.reshape(1, -1).copy(), [(tokens[0], k)])
+    (other,) = ON[device].score(logits.reshape(1, -1).copy(), [(tokens[0], k)])
     exact = logits.astype(np.float64) - np.logaddexp.reduce(logits.astype(np.float64))
     assert other[1][1:] == sampled[1:]
     assert other[1][0][:2] == (tokens[0], pytest.approx(exact[tokens[0]], abs=1e-5))
     assert other[1][0][2] == 1 + (logits > logits[tokens[0]]).sum()
 
 
-def test_logprobs_of_named_tokens_take_the_place_of_the_greatest() -> None:
+def test_logprobs_of_named_tokens_take_the_place_of_the_greatest(device: str) -> None:
     logits = f32([3, 1, 2, 0])
     params = {"temperature": 0.0, "num_logprobs": 2, "logprob_token_ids": [3, 0, 1]}
-    _, logprobs = sample(logits, params, [0], 1)
-    _, everything = sample(logits, {"temperature": 0.0, "num_logprobs": 4}, [0], 1)
+    _, logprobs = sample(logits, params, [0], 1, device)
+    _, everything = sample(logits, {"temperature": 0.0, "num_logprobs": 4}, [0], 1, device)
     by_token = {token: value for token, value, _ in everything}
     assert [(token, value) for token, value, _ in logprobs] == [(t, by_token[t]) for t in (0, 3, 0, 1)]
-    _, logprobs = sample(logits, params | {"logprob_token_ids": [2]}, [0], 1)
+    _, logprobs = sample(logits, params | {"logprob_token_ids": [2]}, [0], 1, device)
     assert [token for token, _, _ in logprobs] == [0, 0, 2], "the chosen one is among them"
 
 
-def test_bad_words_look_at_the_output_alone() -> None:
+def test_bad_words_look_at_the_output_alone(device: str) -> None:
     logits = f32([0, 5, 4])
     params = {"temperature": 0.0, "bad_words": [[2, 1]]}
-    assert sample(logits, params, [0, 2], 2)[0] == 1, "the prompt's last token begins no bad word"
-    assert sample(logits, params, [0, 2], 1)[0] == 2
-    assert sample(logits, {"temperature": 0.0, "bad_words": [[1], [2]]}, [0], 1)[0] == 0
+    assert sample(logits, params, [0, 2], 2, device)[0] == 1, "the prompt's last token begins no bad word"
+    assert sample(logits, params, [0, 2], 1, device)[0] == 2
+    assert sample(logits, {"temperature": 0.0, "bad_words": [[1], [2]]}, [0], 1, device)[0] == 0
 
 
-def test_number_of_logprobs() -> None:
+def test_number_of_logprobs(device: str) -> None:
     logits = f32([1, 2, 3])
-    assert sample(logits, {"temperature": 0.0}, [0], 1)[1] == []
-    assert [t for t, _, _ in sample(logits, {"temperature": 0.0, "num_logprobs": 0}, [0], 1)[1]] == [2]
-    assert [t for t, _, _ in sample(logits, {"temperature": 0.0, "num_logprobs": 9}, [0], 1)[1]] == [2, 2, 1, 0]
+    assert sample(logits, {"temperature": 0.0}, [0], 1, device)[1] == []
+    assert [t for t, _, _ in sample(logits, {"temperature": 0.0, "num_logprobs": 0}, [0], 1, device)[1]] == [2]
+    assert [t for t, _, _ in sample(logits, {"temperature": 0.0, "num_logprobs": 9}, [0], 1, device)[1]] == [2, 2, 1, 0]
 
 
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("temperature", [0.0, 1.0, 1e-4])
 @pytest.mark.parametrize(
     ("logits", "expected"),
@@ -299,19 +371,19 @@ def test_number_of_logprobs() -> None:
     ],
     ids=str,
 )
-def test_odd_logits(isa: str, temperature: float, logits: list[float], expected: set[int]) -> None:
+def test_odd_logits(device: str, temperature: float, logits: list[float], expected: set[int]) -> None:
     params = {"temperature": temperature, "num_logprobs": 3, "top_p": 0.9, "repetition_penalty": 0.5}
-    token, logprobs = sample(f32(logits), params, [0], 1, isa)
+    token, logprobs = sample(f32(logits), params, [0], 1, device)
     assert token in expected
     assert len(logprobs) == 1 + min(3, len(logits))
     assert not any(math.isnan(p) or p > 0 for _, p, _ in logprobs)
 
 
-def test_tokens_outside_the_vocabulary_are_refused() -> None:
+def test_tokens_outside_the_vocabulary_are_refused(device: str) -> None:
     logits = np.zeros(4, np.float32)
     with pytest.raises(RuntimeError, match="logit_bias"):
-        sample(logits, {"logit_bias": [(4, 1.0)]}, [0], 1)
+        sample(logits, {"logit_bias": [(4, 1.0)]}, [0], 1, device)
     with pytest.raises(RuntimeError, match="stop_token_ids"):
-        sample(logits, {"min_tokens": 1, "stop_token_ids": [-1]}, [0], 1)
+        sample(logits, {"min_tokens": 1, "stop_token_ids": [-1]}, [0], 1, device)
     with pytest.raises(RuntimeError, match="in the vocabulary"):
-        sample(logits, {"presence_penalty": 1.0}, [9], 1)
+        sample(logits, {"presence_penalty": 1.0}, [9], 1, device)

@@ -49,6 +49,8 @@ class Shared {
   __device__ V load(int i) const {
     return *reinterpret_cast<const V*>(data_ + i);
   }
+  // In one access, whoever else adds; gives what was there before.
+  __device__ T add(int i, T value) { return atomicAdd(&data_[i], value); }
 
  private:
   alignas(16) T data_[kSize];
