@@ -143,9 +143,8 @@ void CudaSampler::add_draw(const SamplingRow& row, int vocab, Task& task) {
 CudaSampler::Findings CudaSampler::run(cudaStream_t stream, float* logits, int num_rows, int vocab,
                                        const Task& task) {
   Parcel parcel;
-  const size_t draws = parcel.add(std::span(task.draws)), masks = parcel.add(std::span(task.masks)),
-               edits = parcel.add(std::span(task.edits)), wanted = parcel.add(std::span(task.wanted)),
-               named = parcel.add(std::span(task.named));
+  const size_t draws = parcel.add(task.draws), masks = parcel.add(task.masks), edits = parcel.add(task.edits),
+               wanted = parcel.add(task.wanted), named = parcel.add(task.named);
   parcel.send(parcel_, stream);
   Findings findings{std::vector<int32_t>(task.draws.size()), std::vector<LogprobSums>(task.wanted.size()),
                     std::vector<TokenLogit>(task.num_found)};

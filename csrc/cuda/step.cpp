@@ -2,48 +2,12 @@
 
 #include <algorithm>
 #include <bit>
-#include <cstring>
 
 #include "base/check.h"
+#include "cuda/parcel.h"
 
 namespace engine::cuda {
 namespace {
-
-constexpr size_t kAlignment = 16;
-
-// Arrays to be copied to the device at once. Padded: each has room for a power of two.
-class Parcel {
- public:
-  explicit Parcel(bool padded) : padded_(padded) {}
-  // Returns where it starts; `filler` fills up the room.
-  template <class T>
-  size_t add(const std::vector<T>& values, const T& filler = {}) {
-    const size_t start = (bytes_.size() + kAlignment - 1) / kAlignment * kAlignment;
-    const size_t room = padded_ && !values.empty() ? std::bit_ceil(values.size()) : values.size();
-    std::vector<T> filled = values;
-    filled.resize(room, filler);
-    bytes_.resize(start + std::max<size_t>(1, room * sizeof(T)));
-    if (room > 0) std::memcpy(bytes_.data() + start, filled.data(), room * sizeof(T));
-    rooms_.push_back(static_cast<int64_t>(room));
-    return start;
-  }
-  int last_room() const { return static_cast<int>(rooms_.back()); }
-  const std::vector<int64_t>& rooms() const { return rooms_; }
-  void send(DeviceMemory& memory, cudaStream_t stream) const {
-    memory.reserve(bytes_.size());
-    copy_to_device(memory.as<std::byte>(), bytes_.data(), bytes_.size(), stream);
-  }
-
- private:
-  bool padded_;
-  std::vector<std::byte> bytes_;
-  std::vector<int64_t> rooms_;
-};
-
-template <class T>
-const T* at(const DeviceMemory& memory, size_t offset) {
-  return reinterpret_cast<const T*>(memory.as<std::byte>() + offset);
-}
 
 int32_t blocks_for(int32_t tokens) {
   return (tokens + kBlockSize - 1) / kBlockSize;
@@ -104,14 +68,14 @@ void StagedStep::reserve(const ModelConfig& config, int max_tokens, int64_t max_
   // A sequence's last tile may be a part of one.
   const size_t tiles = tokens + tokens * static_cast<size_t>(group_of(config)) / kTileRows;
   const size_t of_plan = tiles * (sizeof(AttentionTile) + sizeof(int32_t)) +
-                         (tiles + partials) * sizeof(AttentionPiece) + 3 * kAlignment;
+                         (tiles + partials) * sizeof(AttentionPiece) + 3 * Parcel::kAlignment;
   std::vector<int> windows;
   for (int layer = 0; layer < config.num_hidden_layers; ++layer) windows.push_back(window_of(config, layer));
   std::ranges::sort(windows);
   const auto repeated = std::ranges::unique(windows);
   const size_t num_windows = windows.size() - repeated.size();
   const size_t of_batch = tokens * (3 * sizeof(int32_t) + sizeof(int64_t)) +
-                          static_cast<size_t>(max_blocks) * sizeof(int32_t) + 5 * kAlignment;
+                          static_cast<size_t>(max_blocks) * sizeof(int32_t) + 5 * Parcel::kAlignment;
   memory_.reserve(2 * (of_batch + num_windows * of_plan));  // at most doubled by padding
   partials_.reserve(partials * state_bytes(config));
 }
