@@ -20,21 +20,6 @@ int divide_up(int a, int b) {
   return (a + b - 1) / b;
 }
 
-void check_tables(const Batch& batch, int32_t num_blocks) {
-  check(batch.positions.size() == batch.tokens.size(), "batch: one position per token");
-  int32_t next = 0;
-  for (const BatchSequence& s : batch.sequences) {
-    check(s.first_token == next && s.num_tokens > 0, "batch: sequences cover the tokens in order");
-    next += s.num_tokens;
-    const size_t end = static_cast<size_t>(s.first_block) +
-                       static_cast<size_t>(divide_up(s.num_computed + s.num_tokens, kBlockSize));
-    check(s.first_block >= 0 && end <= batch.block_tables.size(), "batch: block tables hold every token");
-  }
-  check(next == batch.num_tokens(), "batch: sequences cover the tokens");
-  for (const int32_t block : batch.block_tables)
-    check(block >= 0 && block < num_blocks, "batch: block tables name blocks of the cache");
-}
-
 }  // namespace
 
 size_t CpuKvCache::head_bytes(const ModelConfig& config, Format format) {
@@ -96,7 +81,7 @@ void Attention::prepare_rotation(const ModelConfig& config, const std::vector<in
 void Attention::rope_store_kv(const ModelConfig& config, int layer, const Batch& batch, float* qkv,
                               CpuKvCache& cache) {
   check(layer >= 0 && layer < config.num_hidden_layers, "rope_store_kv: layer exists");
-  check_tables(batch, cache.num_blocks);
+  check(check_tables(batch) < cache.num_blocks, "batch: block tables name blocks of the cache");
   prepare_rotation(config, batch.positions);
   slots_.clear();
   for (const BatchSequence& s : batch.sequences)
@@ -148,7 +133,7 @@ struct Attention::Call {
 void Attention::attend(const ModelConfig& config, int layer, const Batch& batch, const float* qkv,
                        const CpuKvCache& cache, float* out) {
   check(layer >= 0 && layer < config.num_hidden_layers, "attention: layer exists");
-  check_tables(batch, cache.num_blocks);
+  check(check_tables(batch) < cache.num_blocks, "batch: block tables name blocks of the cache");
   const Call call{config, layer, batch, qkv, cache, out};
   plan(call);
   cut(call);

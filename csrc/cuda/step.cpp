@@ -9,24 +9,6 @@
 namespace engine::cuda {
 namespace {
 
-int32_t blocks_for(int32_t tokens) {
-  return (tokens + kBlockSize - 1) / kBlockSize;
-}
-
-void check_tables(const Batch& batch) {
-  check(batch.positions.size() == batch.tokens.size(), "batch: one position per token");
-  int32_t next = 0;
-  for (const BatchSequence& s : batch.sequences) {
-    check(s.first_token == next && s.num_tokens > 0, "batch: sequences cover the tokens in order");
-    next += s.num_tokens;
-    const size_t end =
-        static_cast<size_t>(s.first_block) + static_cast<size_t>(blocks_for(s.num_computed + s.num_tokens));
-    check(s.first_block >= 0 && end <= batch.block_tables.size(), "batch: block tables hold every token");
-  }
-  check(next == batch.num_tokens(), "batch: sequences cover the tokens");
-  for (const int32_t block : batch.block_tables) check(block >= 0, "batch: block tables name blocks");
-}
-
 // -1 for tokens of no sequence.
 std::vector<int64_t> slots_of(const Batch& batch) {
   std::vector<int64_t> slots;
@@ -82,14 +64,13 @@ void StagedStep::reserve(const ModelConfig& config, int max_tokens, int64_t max_
 
 void StagedStep::bring(cudaStream_t stream, const ModelConfig& config, const Batch& batch,
                        const SplitLimits& limits, bool padded) {
-  check_tables(batch);
+  largest_block_ = check_tables(batch);
   config_ = &config;
   batch_ = batch;
   if (padded) {
     const size_t n = std::bit_ceil(batch.tokens.size());
     for (auto* indices : {&batch_.tokens, &batch_.positions, &batch_.logit_rows}) indices->resize(n);
   }
-  largest_block_ = batch.block_tables.empty() ? -1 : std::ranges::max(batch.block_tables);
   Parcel parcel(padded);
   tokens_ = parcel.add(batch_.tokens);
   positions_ = parcel.add(batch_.positions);

@@ -35,4 +35,8 @@ struct Batch {
   int num_logits() const { return static_cast<int>(logit_rows.size()); }
 };
 
+// Throws where sequences and block tables contradict each other. Returns the largest block that is named, or
+// -1.
+int32_t check_tables(const Batch& batch);
+
 }  // namespace engine
