@@ -107,6 +107,9 @@ void bind_config(nb::module_& m) {
             c.activation = kActivations.parse("activation", name);
           })
       .def_rw("gated_mlp", &ModelConfig::gated_mlp)
+      .def_rw("num_experts", &ModelConfig::num_experts)
+      .def_rw("num_experts_per_tok", &ModelConfig::num_experts_per_tok)
+      .def_rw("norm_topk_prob", &ModelConfig::norm_topk_prob)
       .def_rw("attention_scale", &ModelConfig::attention_scale)
       .def_rw("clip_qkv", &ModelConfig::clip_qkv)
       .def_rw("logit_scale", &ModelConfig::logit_scale)

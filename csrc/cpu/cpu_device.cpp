@@ -13,6 +13,7 @@
 #include "base/check.h"
 #include "cpu/linear.h"
 #include "cpu/pointwise.h"
+#include "cpu/routing.h"
 
 namespace engine {
 namespace {
@@ -138,6 +139,14 @@ std::unique_ptr<KvCache> CpuDevice::kv_alloc(const ModelConfig& config, Format f
   return std::make_unique<CpuKvCache>(config, format, num_blocks);
 }
 
+std::unique_ptr<Routing> CpuDevice::routing_alloc(const ModelConfig& config, int max_tokens) {
+  return std::make_unique<CpuRouting>(config, max_tokens);
+}
+
+size_t CpuDevice::routing_bytes(const ModelConfig& config, int max_tokens) const {
+  return CpuRouting::bytes(config, max_tokens);
+}
+
 // Calls rows(first, count) for pieces of [0, n) that are worth a task.
 template <class F>
 void CpuDevice::for_rows(int n, int size, F&& rows) {
@@ -178,6 +187,42 @@ void CpuDevice::add_norm(Norm kind, float eps, const float* weight, const float*
 
 void CpuDevice::linear(const Weight& weight, const float* x, float* y, int n) {
   engine::linear(kernels_, pool_, weight, x, y, n, quantised_);
+}
+
+void CpuDevice::route(const ModelConfig& config, const float* scores, int n, Routing& routing) {
+  auto& r = static_cast<CpuRouting&>(routing);
+  for_rows(n, config.num_experts,
+           [&](size_t first, size_t count) { r.choose(config, kernels_, scores, first, count); });
+  r.sort(n);
+}
+
+void CpuDevice::dispatch(const Routing& routing, const float* x, float* out, int size) {
+  const auto& r = static_cast<const CpuRouting&>(routing);
+  const auto width = static_cast<size_t>(size);
+  for_rows(r.n() * r.per_row(), size, [&](size_t first, size_t count) {
+    for (size_t choice = first; choice < first + count; ++choice)
+      std::memcpy(out + choice * width, x + r.row_of(choice) * width, width * sizeof(float));
+  });
+}
+
+void CpuDevice::linear_experts(const Weight& experts, const Routing& routing, const float* x, float* y) {
+  const auto& r = static_cast<const CpuRouting&>(routing);
+  engine::linear_experts(kernels_, pool_, experts, r.first_choices(), x, y, quantised_);
+}
+
+void CpuDevice::combine(const Routing& routing, const float* y, float* out, int size) {
+  const auto& r = static_cast<const CpuRouting&>(routing);
+  const auto width = static_cast<size_t>(size);
+  for_rows(r.n(), size, [&](size_t first, size_t count) {
+    for (size_t row = first; row < first + count; ++row) {
+      const auto choices = r.choices_of(row);
+      const auto shares = r.shares_of(row);
+      float* sum = out + row * width;
+      std::fill_n(sum, width, 0.0f);
+      for (size_t j = 0; j < choices.size(); ++j)
+        kernels_.pointwise->add_share(sum, y + static_cast<size_t>(choices[j]) * width, shares[j], width);
+    }
+  });
 }
 
 void CpuDevice::rope_store_kv(const ModelConfig& config, int layer, const Batch& batch, float* qkv,

@@ -29,6 +29,8 @@ class CpuDevice : public Device {
   std::unique_ptr<Buffer> upload(std::span<const float> host) override;
   size_t kv_bytes_per_block(const ModelConfig& config, Format format) const override;
   std::unique_ptr<KvCache> kv_alloc(const ModelConfig& config, Format format, int32_t num_blocks) override;
+  std::unique_ptr<Routing> routing_alloc(const ModelConfig& config, int max_tokens) override;
+  size_t routing_bytes(const ModelConfig& config, int max_tokens) const override;
 
   void embed(const Weight& table, std::span<const int32_t> tokens, float* out) override;
   void norm(Norm kind, float eps, const float* weight, const float* bias, const float* x, float* out, int n,
@@ -36,6 +38,10 @@ class CpuDevice : public Device {
   void add_norm(Norm kind, float eps, const float* weight, const float* bias, float* x, const float* delta,
                 float* out, int n, int size) override;
   void linear(const Weight& weight, const float* x, float* y, int n) override;
+  void route(const ModelConfig& config, const float* scores, int n, Routing& routing) override;
+  void dispatch(const Routing& routing, const float* x, float* out, int size) override;
+  void linear_experts(const Weight& experts, const Routing& routing, const float* x, float* y) override;
+  void combine(const Routing& routing, const float* y, float* out, int size) override;
   void rope_store_kv(const ModelConfig& config, int layer, const Batch& batch, float* qkv,
                      KvCache& cache) override;
   void attention(const ModelConfig& config, int layer, const Batch& batch, const float* qkv,

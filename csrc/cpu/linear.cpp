@@ -16,22 +16,36 @@ int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }
 
-// How panels [0, num_panels) are cut into runs: evenly, and in pairs, which a kernel takes at once.
-struct Division {
-  int64_t num_panels;
-  int64_t num_runs;
-  Division(int64_t panels, int threads)
-      : num_panels(panels), num_runs(std::min(ceil_div(panels, 2), threads * kTasksPerThread)) {}
-  int64_t first(int64_t run) const {
-    return std::min(num_panels, run * ceil_div(num_panels, 2) / num_runs * 2);
-  }
+// Rows of x and the panels that they are multiplied with: a whole weight's, or an expert's.
+struct Part {
+  int first_row, num_rows;          // of x and of y
+  int64_t first_panel, last_panel;  // of the weight
+  int64_t first_channel;            // of the weight, the first one in a row of y
+  int64_t first_tile = 0;           // of the quantised rows, those of the parts before it counted
+  int64_t first_task = 0;           // likewise
+
+  int64_t num_tiles() const { return ceil_div(num_rows, kRowTile); }
 };
 
-// Row tiles that one task multiplies: enough to pay for reading, or expanding, the weights.
-int64_t tiles_per_task(int64_t cols) {
-  return std::max<int64_t>(1,
-                           kTaskBytes / (ceil_div(cols, 32) * static_cast<int64_t>(sizeof(QuantisedTile))));
-}
+// How a part's work is cut: its panels evenly into runs, and in pairs, which a kernel takes at once; its row
+// tiles into as few runs as pay for reading, or expanding, the weights.
+struct Division {
+  int64_t panels, panel_runs, tiles, row_runs;
+  Division(const Part& part, int64_t cols, int threads)
+      : panels(part.last_panel - part.first_panel),
+        panel_runs(std::min(ceil_div(panels, 2), threads * kTasksPerThread)),
+        tiles(part.num_tiles()),
+        row_runs(ceil_div(tiles, tiles_per_task(cols))) {}
+  int64_t num_tasks() const { return panel_runs * row_runs; }
+  int64_t panel(int64_t run) const { return std::min(panels, run * ceil_div(panels, 2) / panel_runs * 2); }
+  int64_t tile(int64_t run) const { return run * tiles / row_runs; }
+
+ private:
+  static int64_t tiles_per_task(int64_t cols) {
+    const int64_t tile_bytes = ceil_div(cols, 32) * static_cast<int64_t>(sizeof(QuantisedTile));
+    return std::max<int64_t>(1, kTaskBytes / tile_bytes);
+  }
+};
 
 // What panels [first, last) of one segment are to a row of y.
 LinearTask panels_of(const PackedWeight& weight, const Segment& segment, int64_t first, int64_t last) {
@@ -45,47 +59,78 @@ LinearTask panels_of(const PackedWeight& weight, const Segment& segment, int64_t
   task.num_channels = static_cast<int>(channels);
   task.cols = weight.cols;
   task.bias = weight.bias.empty() ? nullptr : weight.bias.data() + segment.first_row + row;
-  task.y_stride = weight.rows;
   return task;
 }
 
-// What is multiplied, in both forms.
-struct Input {
-  const float* x;                  // (n, cols)
-  const QuantisedTile* quantised;  // (row tiles, cols / 32); null where no weight takes it
-  int n;
+// What is multiplied, in both forms, and what comes out.
+struct Operands {
+  const float* x;                  // (rows, cols)
+  const QuantisedTile* quantised;  // (row tiles of the parts, cols / 32); null where no weight takes it
+  float* y;                        // (rows, y_stride)
+  int64_t y_stride;
 };
 
-// Row tiles [first_tile, last_tile) of y in the channels of panels [first, last), which may lie in several
-// segments.
-void multiply(const Kernels& kernels, const PackedWeight& weight, int64_t first, int64_t last,
-              const Input& in, float* y, int first_tile, int last_tile) {
-  const int first_row = first_tile * kRowTile, last_row = std::min(last_tile * kRowTile, in.n);
-  for (const Segment& s : weight.segments) {
-    const int64_t begin = std::max<int64_t>(first - s.first_panel, 0);
-    const int64_t end = std::min(last - s.first_panel, s.num_panels);
-    if (begin >= end) continue;
-    LinearTask task = panels_of(weight, s, begin, end);
-    task.x = in.x + first_row * weight.cols;
-    if (s.arithmetic == Arithmetic::INT8) task.quantised = in.quantised + first_tile * (weight.cols / 32);
-    task.y = y + first_row * weight.rows + s.first_row + begin * kLanes;
-    task.num_rows = last_row - first_row;
+// Row tiles [first_tile, last_tile) of a part in the channels of panels [first, last), which may lie in
+// several segments.
+void multiply(const Kernels& kernels, const PackedWeight& weight, const Part& part, int64_t first,
+              int64_t last, const Operands& o, int64_t first_tile, int64_t last_tile) {
+  const int64_t row = first_tile * kRowTile, end_row = std::min<int64_t>(last_tile * kRowTile, part.num_rows);
+  auto s = std::ranges::upper_bound(weight.segments, first, {}, &Segment::first_panel) - 1;
+  for (; s != weight.segments.end() && s->first_panel < last; ++s) {
+    const int64_t begin = std::max<int64_t>(first - s->first_panel, 0);
+    LinearTask task = panels_of(weight, *s, begin, std::min(last - s->first_panel, s->num_panels));
+    task.x = o.x + (part.first_row + row) * weight.cols;
+    if (s->arithmetic == Arithmetic::INT8)
+      task.quantised = o.quantised + (part.first_tile + first_tile) * (weight.cols / 32);
+    task.y = o.y + (part.first_row + row) * o.y_stride + s->first_row - part.first_channel + begin * kLanes;
+    task.y_stride = o.y_stride;
+    task.num_rows = static_cast<int>(end_row - row);
     kernels.linear->multiply(task);
   }
 }
 
-// Null where every segment is multiplied exactly.
+// The part that has the tile or task number `index`; those of the parts are numbered one after the other.
+const Part& part_with(std::span<const Part> parts, int64_t Part::* first, int64_t index) {
+  return *(std::ranges::upper_bound(parts, index, {}, first) - 1);
+}
+
+// Each part's rows in tiles of their own. Null where every segment is multiplied exactly.
 const QuantisedTile* quantise(const Kernels& kernels, ThreadPool& pool, const PackedWeight& weight,
-                              const float* x, int n, QuantisedRows& out) {
+                              std::span<Part> parts, const float* x, QuantisedRows& out) {
   if (!weight.takes_int8()) return nullptr;
-  const int64_t tiles = ceil_div(n, kRowTile), groups = weight.cols / 32;
+  int64_t tiles = 0;
+  for (Part& part : parts) {
+    part.first_tile = tiles;
+    tiles += part.num_tiles();
+  }
+  const int64_t groups = weight.cols / 32;
   if (out.size() < static_cast<size_t>(tiles * groups)) out.resize(static_cast<size_t>(tiles * groups));
   pool.run(static_cast<int>(tiles), [&](int tile, int) {
-    const int row = tile * kRowTile;
-    kernels.linear->quantise(x + row * weight.cols, weight.cols, std::min(kRowTile, n - row),
-                             out.data() + tile * groups);
+    const Part& part = part_with(parts, &Part::first_tile, tile);
+    const int row = static_cast<int>(tile - part.first_tile) * kRowTile;
+    kernels.linear->quantise(x + (part.first_row + row) * weight.cols, weight.cols,
+                             std::min(kRowTile, part.num_rows - row), out.data() + tile * groups);
   });
   return out.data();
+}
+
+// y (rows, channels of a part) = x · wᵀ + bias, part by part, in one run of the pool.
+void multiply(const Kernels& kernels, ThreadPool& pool, const PackedWeight& weight, std::span<Part> parts,
+              const float* x, float* y, int64_t y_stride, QuantisedRows& scratch) {
+  const Operands operands{x, quantise(kernels, pool, weight, parts, x, scratch), y, y_stride};
+  int64_t tasks = 0;
+  for (Part& part : parts) {
+    part.first_task = tasks;
+    tasks += Division(part, weight.cols, pool.size()).num_tasks();
+  }
+  pool.run(static_cast<int>(tasks), [&](int task, int) {
+    const Part& part = part_with(parts, &Part::first_task, task);
+    const Division cut(part, weight.cols, pool.size());
+    const int64_t run = (task - part.first_task) % cut.panel_runs,
+                  row_run = (task - part.first_task) / cut.panel_runs;
+    multiply(kernels, weight, part, part.first_panel + cut.panel(run), part.first_panel + cut.panel(run + 1),
+             operands, cut.tile(row_run), cut.tile(row_run + 1));
+  });
 }
 
 }  // namespace
@@ -93,15 +138,29 @@ const QuantisedTile* quantise(const Kernels& kernels, ThreadPool& pool, const Pa
 void linear(const Kernels& kernels, ThreadPool& pool, const Weight& weight, const float* x, float* y, int n,
             QuantisedRows& scratch) {
   const auto& packed = static_cast<const PackedWeight&>(weight);
-  const Input in{x, quantise(kernels, pool, packed, x, n, scratch), n};
-  const Division panels(packed.num_panels, pool.size());
-  const int64_t tiles = ceil_div(n, kRowTile), row_runs = ceil_div(tiles, tiles_per_task(packed.cols));
-  pool.run(static_cast<int>(panels.num_runs * row_runs), [&](int task, int) {
-    const int64_t run = task % panels.num_runs, row_run = task / panels.num_runs;
-    const int first_tile = static_cast<int>(row_run * tiles / row_runs);
-    const int last_tile = static_cast<int>((row_run + 1) * tiles / row_runs);
-    multiply(kernels, packed, panels.first(run), panels.first(run + 1), in, y, first_tile, last_tile);
-  });
+  Part whole{0, n, 0, packed.num_panels, 0};
+  multiply(kernels, pool, packed, {&whole, 1}, x, y, packed.rows, scratch);
+}
+
+void linear_experts(const Kernels& kernels, ThreadPool& pool, const Weight& weight,
+                    std::span<const int32_t> first_rows, const float* x, float* y, QuantisedRows& scratch) {
+  const auto& packed = static_cast<const PackedWeight&>(weight);
+  const auto num_experts = static_cast<int64_t>(first_rows.size()) - 1;
+  check(packed.rows % num_experts == 0, "experts have equally many rows");
+  const int64_t channels = packed.rows / num_experts;
+  const auto first_panel = [&](int64_t expert) {
+    if (expert == num_experts) return packed.num_panels;
+    const auto s = std::ranges::lower_bound(packed.segments, expert * channels, {}, &Segment::first_row);
+    check(s != packed.segments.end() && s->first_row == expert * channels,
+          "no source belongs to two experts");
+    return s->first_panel;
+  };
+  std::vector<Part> parts;
+  for (int64_t e = 0; e < num_experts; ++e) {
+    const int32_t row = first_rows[static_cast<size_t>(e)], end = first_rows[static_cast<size_t>(e) + 1];
+    if (row < end) parts.push_back({row, end - row, first_panel(e), first_panel(e + 1), e * channels});
+  }
+  multiply(kernels, pool, packed, parts, x, y, channels, scratch);
 }
 
 void embed(const Kernels& kernels, const Weight& table, std::span<const int32_t> tokens, float* out) {

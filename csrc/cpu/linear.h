@@ -33,7 +33,8 @@ struct alignas(64) QuantisedTile {
 };
 static_assert(sizeof(QuantisedTile) == 832);
 
-// Where linear() puts quantised activations, (row tiles, cols / 32); it grows to the largest need.
+// Where linear() and linear_experts() put quantised activations, (row tiles, cols / 32); it grows to the
+// largest need.
 using QuantisedRows = std::vector<QuantisedTile>;
 
 // One thread's share: a run of panels times a run of rows.
@@ -69,6 +70,12 @@ std::unique_ptr<Weight> pack_weight(ThreadPool& pool, Arena& arena, std::span<co
 // y (n, weight.rows) = x (n, weight.cols) · weightᵀ + bias.
 void linear(const Kernels& kernels, ThreadPool& pool, const Weight& weight, const float* x, float* y, int n,
             QuantisedRows& scratch);
+
+// y (rows, weight.rows / experts): rows [first_rows[e], first_rows[e + 1]) of x (rows, weight.cols) times the
+// matrix of expert e, which is as many rows of the weight as any other's, from sources of its own. first_rows
+// (experts + 1).
+void linear_experts(const Kernels& kernels, ThreadPool& pool, const Weight& weight,
+                    std::span<const int32_t> first_rows, const float* x, float* y, QuantisedRows& scratch);
 
 // out (tokens.size(), table.cols): rows of `table`, bit for bit as dequantize_row() gives them, without the
 // bias.

@@ -109,6 +109,15 @@ inline void add(float* x, const float* delta, size_t n) {
       });
 }
 
+inline void add_share(float* x, const float* delta, float share, size_t n) {
+  const F32x16 s = broadcast(share);
+  for_lanes(
+      n, [&](size_t i) { store(x + i, fma(load(delta + i), s, load(x + i))); },
+      [&](size_t i, int rest) {
+        store_first(x + i, fma(load_first(delta + i, rest), s, load_first(x + i, rest)), rest);
+      });
+}
+
 inline void scale(float* x, float factor, size_t n) {
   map(x, x, n, [f = broadcast(factor)](F32x16 a) { return a * f; });
 }
@@ -134,6 +143,7 @@ constexpr PointwiseKernels kPointwise = {
     {rms_norm, layer_norm},
     {activate<Silu>, activate<Gelu>, activate<GeluTanh>, activate<Relu>},
     add,
+    add_share,
     scale,
     clamp,
     max_of,

@@ -105,6 +105,14 @@ std::unique_ptr<KvCache> CudaDevice::kv_alloc(const ModelConfig& config, Format 
   return std::make_unique<CudaKvCache>(arena_, config, format, num_blocks);
 }
 
+std::unique_ptr<Routing> CudaDevice::routing_alloc(const ModelConfig&, int) {
+  throw InputError("a mixture of experts runs on CPUs only; use --device cpu");
+}
+
+size_t CudaDevice::routing_bytes(const ModelConfig&, int) const {
+  return 0;
+}
+
 const int32_t* CudaDevice::to_device(std::span<const int32_t> indices) {
   if (const int32_t* staged = step_.find(indices)) return staged;
   indices_.reserve(indices.size_bytes());
@@ -176,6 +184,22 @@ void CudaDevice::add_norm(Norm kind, float eps, const float* weight, const float
 
 void CudaDevice::linear(const Weight& weight, const float* x, float* y, int n) {
   multiply(stream_, static_cast<const CudaWeight&>(weight), x, y, n, linear_);
+}
+
+void CudaDevice::route(const ModelConfig&, const float*, int, Routing&) {
+  check(false, "route: there is no Routing");
+}
+
+void CudaDevice::dispatch(const Routing&, const float*, float*, int) {
+  check(false, "dispatch: there is no Routing");
+}
+
+void CudaDevice::linear_experts(const Weight&, const Routing&, const float*, float*) {
+  check(false, "linear_experts: there is no Routing");
+}
+
+void CudaDevice::combine(const Routing&, const float*, float*, int) {
+  check(false, "combine: there is no Routing");
 }
 
 // The batch on the GPU, with the rotation of its tokens: made in its first layer, read in the others.

@@ -37,6 +37,14 @@ class KvCache {
   int32_t num_blocks = 0;
 };
 
+// Which experts the rows of a step go to, and with what shares: a mixture of experts' choices,
+// num_experts_per_tok to a row. They stand in an order of the Routing's own, by expert for instance:
+// dispatch() puts rows into it, combine() takes them out.
+class Routing {
+ public:
+  virtual ~Routing() = default;
+};
+
 class Buffer {  // RAII over device memory; f32
  public:
   virtual ~Buffer() = default;
@@ -74,6 +82,9 @@ class Device {
   virtual std::unique_ptr<Buffer> upload(std::span<const float> host) = 0;
   virtual size_t kv_bytes_per_block(const ModelConfig& config, Format format) const = 0;
   virtual std::unique_ptr<KvCache> kv_alloc(const ModelConfig& config, Format format, int32_t num_blocks) = 0;
+  // Room for the choices of at most max_tokens rows, and its bytes.
+  virtual std::unique_ptr<Routing> routing_alloc(const ModelConfig& config, int max_tokens) = 0;
+  virtual size_t routing_bytes(const ModelConfig& config, int max_tokens) const = 0;
 
   // A forward pass: calls forward() with the batch, or replays what that launched for one of the same shape.
   // The batch that forward() gets may be filled up, to at most padded_rows(its rows) tokens and rows of
@@ -99,6 +110,18 @@ class Device {
                         const float* delta, float* out, int n, int size);
   // y (n, weight.rows) = x (n, weight.cols) · weightᵀ + bias.
   virtual void linear(const Weight& weight, const float* x, float* y, int n) = 0;
+  // Routes each row by its scores (n, num_experts) to the num_experts_per_tok experts with the largest ones,
+  // of equal ones the lower number first. Their shares are the softmax of all scores, divided by their sum
+  // where norm_topk_prob. A row of NaNs goes to some experts, with shares that are NaN.
+  virtual void route(const ModelConfig& config, const float* scores, int n, Routing& routing) = 0;
+  // out (choices, size): the row of x (n, size) that each choice was made for.
+  virtual void dispatch(const Routing& routing, const float* x, float* out, int size) = 0;
+  // y (choices, rows): the matrix of each choice's expert times its row of x (choices, experts.cols). The
+  // experts' matrices are one weight, stacked: expert e has its rows [e · rows, (e + 1) · rows), rows =
+  // experts.rows / num_experts, and no source that it was packed from belongs to two of them.
+  virtual void linear_experts(const Weight& experts, const Routing& routing, const float* x, float* y) = 0;
+  // out (n, size): Σ share · y over a row's choices, the one with the largest score first, y (choices, size).
+  virtual void combine(const Routing& routing, const float* y, float* out, int size) = 0;
   // Clips and rotates q and k of qkv (n, qkv_size) in place, and stores k and v in the cache of `layer`.
   virtual void rope_store_kv(const ModelConfig& config, int layer, const Batch& batch, float* qkv,
                              KvCache& cache) = 0;

@@ -39,6 +39,13 @@ void ModelConfig::validate() const {
   size("num_key_value_heads", num_key_value_heads);
   size("head_dim", head_dim);
   size("num_attention_heads * head_dim", int64_t{num_attention_heads} * head_dim);
+  require(num_experts >= 0,
+          "config: num_experts is " + std::to_string(num_experts) + ", expected at least 0 (no experts)");
+  require(num_experts == 0 ? num_experts_per_tok == 0
+                           : num_experts_per_tok >= 1 && num_experts_per_tok <= num_experts,
+          "config: num_experts_per_tok is " + std::to_string(num_experts_per_tok) + " of " +
+              std::to_string(num_experts) + " experts");
+  if (num_experts > 0) size("num_experts * mlp_in_size", int64_t{num_experts} * mlp_in_size());
   require(num_attention_heads % num_key_value_heads == 0,
           "config: num_attention_heads (" + std::to_string(num_attention_heads) +
               ") is not a multiple of num_key_value_heads (" + std::to_string(num_key_value_heads) + ")");

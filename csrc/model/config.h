@@ -24,6 +24,10 @@ struct ModelConfig {
   Activation activation = Activation::SILU;
   bool gated_mlp = true;  // act(gate(x)) * up(x) rather than act(up(x))
 
+  int32_t num_experts = 0;  // each an MLP of intermediate_size, chosen among by a router; 0: one MLP for all
+  int32_t num_experts_per_tok = 0;  // that a token's MLP is made of
+  bool norm_topk_prob = true;  // their shares add up to 1, rather than being the softmax over all experts
+
   float attention_scale = 0;  // multiplies q·k
   float clip_qkv = 0;         // > 0: q, k and v are clamped to ±clip_qkv
   float logit_scale = 1;

@@ -16,6 +16,9 @@ class ModelConfig:
     norm_eps: float
     activation: str  # "silu" | "gelu" | "gelu_tanh" | "relu"
     gated_mlp: bool
+    num_experts: int
+    num_experts_per_tok: int
+    norm_topk_prob: bool
     attention_scale: float
     clip_qkv: float
     logit_scale: float

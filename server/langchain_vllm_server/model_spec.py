@@ -25,6 +25,9 @@ class ModelSpec:
     activation: str  # "silu" | "gelu" | "gelu_tanh" | "relu"
     gated_mlp: bool
     attention_scale: float
+    num_experts: int = 0
+    num_experts_per_tok: int = 0
+    norm_topk_prob: bool = True
     clip_qkv: float = 0.0
     logit_scale: float = 1.0
     rope_inv_freq: tuple[float, ...] = ()
