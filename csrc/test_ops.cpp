@@ -71,6 +71,7 @@ ModelConfig make_config(nb::dict values) {
   read("rope_attention_factor", config.rope_attention_factor);
   read("alibi_slopes", config.alibi_slopes);
   read("sliding_window", config.sliding_window);
+  read("vocab_size", config.vocab_size);
   return config;
 }
 
@@ -308,6 +309,10 @@ void bind_device(nb::module_& m) {
       }))
       .def_prop_ro("name", &Device::name)
       .def("memory_available", &Device::memory_available)
+      .def("reserve_scratch",
+           [](Device& device, nb::dict config, int max_tokens, int64_t max_blocks) {
+             return device.reserve_scratch(make_config(std::move(config)), max_tokens, max_blocks);
+           })
       .def("norm", norm, "kind"_a, "eps"_a, "weight"_a, "bias"_a.none(), "x"_a, "out"_a)
       .def("add_norm", add_norm, "kind"_a, "eps"_a, "weight"_a, "bias"_a.none(), "x"_a, "delta"_a, "out"_a,
            "composed"_a)

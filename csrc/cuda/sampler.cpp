@@ -12,9 +12,12 @@ namespace engine::cuda {
 namespace {
 
 constexpr size_t kPieceBytes = size_t{1} << 18;  // from which on a piece is large enough
-constexpr size_t kEditsPerToken =
-    4;  // repetition, frequency, presence and a bias, where all tokens have them
+constexpr size_t kNumArrays = 5;                 // that are sent
 constexpr const char* kOutside = "log-probabilities are of tokens of the vocabulary";
+
+size_t mask_words(int vocab) {
+  return (static_cast<size_t>(vocab) + 31) / 32;
+}
 
 // Gives where the mask begins.
 int64_t add_mask(std::span<const uint32_t> mask, std::vector<uint32_t>& masks) {
@@ -23,7 +26,7 @@ int64_t add_mask(std::span<const uint32_t> mask, std::vector<uint32_t>& masks) {
 }
 
 std::vector<uint32_t> mask_of(std::span<const int32_t> tokens, int vocab) {
-  std::vector<uint32_t> mask((static_cast<size_t>(vocab) + 31) / 32);
+  std::vector<uint32_t> mask(mask_words(vocab));
   for (const int32_t token : tokens) {
     check(token >= 0 && token < vocab, "allowed_token_ids: tokens of the vocabulary");
     mask[static_cast<size_t>(token / 32)] |= 1u << (token % 32);
@@ -59,10 +62,17 @@ bool CudaSampler::Task::is_large() const {
   return sent + num_found * sizeof(TokenLogit) >= kPieceBytes;
 }
 
+// The rows of a piece before its last are not large together, in what is sent or in what comes back: that is
+// smaller, but for the logits that were found.
 void CudaSampler::reserve(int vocab) {
-  const auto tokens = static_cast<size_t>(vocab);
-  parcel_.reserve(kPieceBytes + tokens * (kEditsPerToken * sizeof(LogitEdit) + sizeof(int32_t)));
-  results_.reserve(kPieceBytes + tokens * (kEditsPerToken * sizeof(float) + sizeof(TokenLogit)));
+  static_assert(sizeof(LogprobSums) + sizeof(int32_t) <= sizeof(LogprobRow) &&
+                sizeof(float) <= sizeof(LogitEdit));
+  const auto tokens = static_cast<size_t>(vocab), edits = kMostEditsPerToken * tokens;
+  parcel_.reserve(kPieceBytes + sizeof(DrawRow) + 2 * mask_words(vocab) * sizeof(uint32_t) +
+                  edits * sizeof(LogitEdit) + sizeof(LogprobRow) + tokens * sizeof(int32_t) +
+                  kNumArrays * Parcel::kAlignment);
+  results_.reserve(kPieceBytes + sizeof(LogprobSums) + sizeof(int32_t) + tokens * sizeof(TokenLogit) +
+                   edits * sizeof(float));
 }
 
 void CudaSampler::sample(cudaStream_t stream, float* logits, int vocab, std::span<const SamplingRow> rows,
@@ -110,8 +120,7 @@ void CudaSampler::add_score(const ScoringRow& row, int vocab, Task& task) {
 void CudaSampler::add_draw(const SamplingRow& row, int vocab, Task& task) {
   const SamplingParams& params = *row.params;
   DrawRow draw{};
-  const size_t words = (static_cast<size_t>(vocab) + 31) / 32;
-  draw.mask = row.mask == nullptr ? -1 : add_mask({row.mask, words}, task.masks);
+  draw.mask = row.mask == nullptr ? -1 : add_mask({row.mask, mask_words(vocab)}, task.masks);
   draw.allowed =
       params.allowed_token_ids.empty() ? -1 : add_mask(mask_of(params.allowed_token_ids, vocab), task.masks);
   const auto first_edit = static_cast<int64_t>(task.edits.size());

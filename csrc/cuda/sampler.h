@@ -17,7 +17,8 @@ namespace engine::cuda {
 class CudaSampler {
  public:
   explicit CudaSampler(Arena& arena) : parcel_(arena), results_(arena) {}
-  // What steps take: rows go to the GPU in pieces, of which the last row may touch every token.
+  // All that any step takes: rows go to the GPU in pieces, whose last row may do to every token whatever
+  // requests do.
   void reserve(int vocab);
   // See Device.
   void sample(cudaStream_t stream, float* logits, int vocab, std::span<const SamplingRow> rows,

@@ -37,10 +37,12 @@ bool allows_others(const SamplingRow& row, int32_t vocab) {
 
 const std::vector<LogitEdit>& EditList::of(const SamplingRow& row, int32_t vocab) {
   edits_.clear();
+  counts_.resize(static_cast<size_t>(vocab));
   mask_bad_words(row, vocab);
+  mask_stop_tokens(row, vocab);
+  for (const LogitEdit& masked : edits_) counts_[static_cast<size_t>(masked.token)] = 0;
   for (const auto& [token, bias] : row.params->logit_bias)
     edits_.push_back({checked(token, vocab, "logit_bias: tokens of the vocabulary"), bias, false});
-  mask_stop_tokens(row, vocab);
   penalize(row, vocab);
   return edits_;
 }
@@ -53,7 +55,7 @@ void EditList::mask_bad_words(const SamplingRow& row, int32_t vocab) {
     const size_t before = word.size() - 1;
     if (before > output.size()) continue;
     if (std::equal(word.rbegin() + 1, word.rend(), output.rbegin()))
-      edits_.push_back({checked(word.back(), vocab, "bad_words: tokens of the vocabulary"), kMasked, false});
+      mask(checked(word.back(), vocab, "bad_words: tokens of the vocabulary"));
   }
 }
 
@@ -61,14 +63,18 @@ void EditList::mask_stop_tokens(const SamplingRow& row, int32_t vocab) {
   if (static_cast<int64_t>(output_of(row).size()) >= row.params->min_tokens) return;
   if (row.mask != nullptr && !allows_others(row, vocab)) return;
   for (const int32_t token : row.params->stop_token_ids)
-    edits_.push_back({checked(token, vocab, "stop_token_ids: tokens of the vocabulary"), kMasked, false});
+    mask(checked(token, vocab, "stop_token_ids: tokens of the vocabulary"));
+}
+
+// Once, however many rules do: what a row takes is bounded by the vocabulary.
+void EditList::mask(int32_t token) {
+  if (counts_[static_cast<size_t>(token)]++ == 0) edits_.push_back({token, kMasked, false});
 }
 
 void EditList::penalize(const SamplingRow& row, int32_t vocab) {
   const SamplingParams& params = *row.params;
   if (params.repetition_penalty == 1 && params.frequency_penalty == 0 && params.presence_penalty == 0) return;
   for (const int32_t token : row.tokens) checked(token, vocab, "a sequence's tokens are in the vocabulary");
-  counts_.resize(static_cast<size_t>(vocab));
   if (params.repetition_penalty != 1) {
     for (const int32_t token : row.tokens)
       if (counts_[static_cast<size_t>(token)]++ == 0)

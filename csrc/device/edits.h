@@ -11,6 +11,7 @@ namespace engine {
 
 inline constexpr float kGreedyBelow = 1e-5f;           // temperature; as in vLLM
 inline constexpr int32_t kMostTokens = (1 << 21) - 1;  // of a vocabulary: sums of weights fit 63 bits
+inline constexpr int kMostEditsPerToken = 5;           // a mask, a bias, three penalties; see EditList::of
 
 // Adds `value` to the logit of a token, or, as a repetition penalty, divides it by `value` when it is
 // positive and multiplies it otherwise. Adding -inf masks it.
@@ -22,14 +23,16 @@ struct LogitEdit {
 
 class EditList {
  public:
-  // In vLLM's order, which counts for edits of the same token: bad_words, logit_bias and min_tokens, then
-  // repetition (over prompt and output), frequency and presence (over the output alone). Valid until the next
-  // call.
+  // In vLLM's order, which counts for edits of the same token: what bad_words and min_tokens mask (whatever
+  // comes later leaves that masked), logit_bias, then repetition (over prompt and output), frequency and
+  // presence (over the output alone). Each of these edits a token once at most, if logit_bias names it once,
+  // as validate() sees to. Valid until the next call.
   const std::vector<LogitEdit>& of(const SamplingRow& row, int32_t vocab);
 
  private:
   void mask_bad_words(const SamplingRow& row, int32_t vocab);
   void mask_stop_tokens(const SamplingRow& row, int32_t vocab);
+  void mask(int32_t token);
   void penalize(const SamplingRow& row, int32_t vocab);
 
   std::vector<LogitEdit> edits_;

@@ -1,9 +1,11 @@
 #include "engine/request.h"
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <sstream>
 #include <stdexcept>
+#include <utility>
 
 namespace engine {
 namespace {
@@ -33,6 +35,13 @@ void check_token(const char* name, int32_t token, int32_t vocab_size) {
     refuse(name, " must be token ids between 0 and ", vocab_size - 1, ", got ", token);
 }
 
+// So there are at most as many as the vocabulary has, which is what devices make room for.
+void check_named_once(const char* name, std::vector<int32_t> tokens) {
+  std::ranges::sort(tokens);
+  const auto twice = std::ranges::adjacent_find(tokens);
+  if (twice != tokens.end()) refuse(name, " must name each token once, got ", *twice, " more than once");
+}
+
 constexpr int32_t kMaxPatternSize = 1024;  // every token is compared with so many before it
 
 void validate_sampling(const SamplingParams& params, int32_t vocab_size) {
@@ -45,14 +54,18 @@ void validate_sampling(const SamplingParams& params, int32_t vocab_size) {
   check_range("frequency_penalty", params.frequency_penalty, -2.0f, 2.0f);
   if (!(params.repetition_penalty > 0 && std::isfinite(params.repetition_penalty)))
     refuse("repetition_penalty must be a finite number above 0, got ", params.repetition_penalty);
+  std::vector<int32_t> biased;
   for (const auto& [token, bias] : params.logit_bias) {
     check_token("logit_bias keys", token, vocab_size);
     if (!std::isfinite(bias)) refuse("logit_bias of token ", token, " must be finite, got ", bias);
+    biased.push_back(token);
   }
+  check_named_once("logit_bias", std::move(biased));
   check_range("num_logprobs", params.num_logprobs, -1, vocab_size);
   check_range("num_prompt_logprobs", params.num_prompt_logprobs, -1, vocab_size);
   for (int32_t token : params.allowed_token_ids) check_token("allowed_token_ids", token, vocab_size);
   for (int32_t token : params.logprob_token_ids) check_token("logprob_token_ids", token, vocab_size);
+  check_named_once("logprob_token_ids", params.logprob_token_ids);
   for (const std::vector<int32_t>& word : params.bad_words) {
     if (word.empty()) refuse("bad_words must hold at least one token each");
     for (int32_t token : word) check_token("bad_words", token, vocab_size);

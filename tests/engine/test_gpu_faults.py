@@ -21,6 +21,7 @@ from langchain_vllm_server.gate import Progress
 from langchain_vllm_server.generation import Service
 from langchain_vllm_server.load import load
 from langchain_vllm_server.metrics import Metrics
+from langchain_vllm_server.sampling import MAX_ENTRIES
 from langchain_vllm_server.settings import parse_settings
 from tests.emulated_gpu import emulated, machine, make_model
 from tests.engines import Client
@@ -114,6 +115,25 @@ def test_nothing_else_takes_what_work_needs(model: Path) -> None:
         assert [result.finish for result in results] == ["length"] * 8
 
 
+def test_no_request_takes_more_than_there_is(model: Path) -> None:
+    """As many as run at once, each with far more to say of the vocabulary's tokens than would fit, and one beside."""
+    vocab = load_checkpoint(model).spec.vocab_size
+    everything = {
+        "bad_words": [[i % (vocab - 1)] for i in range(400_000)],
+        "stop_token_ids": [i % (vocab - 1) for i in range(400_000)],
+        "allowed_token_ids": [i % vocab for i in range(400_000)],
+        "logit_bias": [(token, 1.0) for token in range(vocab)],
+        "logprob_token_ids": list(range(vocab)),
+        "num_logprobs": 1,
+        "min_tokens": 2,
+    }
+    with client_of(make_engine(model)) as client:
+        asked = [client.submit([i], max_tokens=2, **everything) for i in range(SMALL["max_num_seqs"])]
+        results = client.wait(*asked, client.submit([1], max_tokens=2))
+        assert [result.finish for result in results] == ["length"] * 5, client.engine.stats().error
+        assert [result.tokens for result in results[:4]] == [[vocab - 1] * 2] * 4, "the only token that is not masked"
+
+
 def test_the_cache_takes_what_is_left(model: Path) -> None:
     """Keys and values of 2 layers, 2 heads, 16 tokens and 16 numbers of 2 bytes: 4 KiB a block."""
 
@@ -169,6 +189,34 @@ def test_lost_while_a_server_loads(model: Path, monkeypatch: pytest.MonkeyPatch)
     settings = parse_settings([str(model), "--device", "cuda", "--memory", "8MiB"])
     with machine(calls_until_lost=30), pytest.raises(StartError, match=f"^the engine does not start: CUDA: .*{REMEDY}"):
         load(settings, Progress())
+
+
+async def test_the_application_at_its_limits(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many requests as run at once, each with as many entries as a field may have."""
+    monkeypatch.setattr(_engine, "Engine", _model_test.Engine)
+    flags = ["--device", "cuda", "--memory", "8MiB", "--max-num-seqs", "4", "--max-model-len", "64"]
+    loaded = load(parse_settings([str(model), *flags]), Progress())
+    engine = AsyncEngine(loaded.engine, _engine.SamplingParams)
+    app = create_app(Service(loaded.model, engine, Metrics("tiny", loaded.model.max_model_len)))
+    vocab = range(loaded.model.vocab_size)
+    body: dict[str, Any] = {
+        "prompt": "a",
+        "max_tokens": 2,
+        "bad_words": [chr(97 + i % 26) * (1 + i // 26) for i in range(MAX_ENTRIES["bad_words"])],
+        "stop_token_ids": [i % len(vocab) for i in range(MAX_ENTRIES["stop_token_ids"])],
+        "logit_bias": {str(token): 1.0 for token in vocab},
+        "logprob_token_ids": [token % 7 for token in range(MAX_ENTRIES["logprob_token_ids"])],
+        "logprobs": 1,
+        "min_tokens": 2,
+    }
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://server", timeout=60) as client:
+        answers = await asyncio.gather(*(client.post("/v1/completions", json=body) for _ in range(8)))
+        more = {**body, "bad_words": [*body["bad_words"], "a"]}
+        refused, health = await client.post("/v1/completions", json=more), await client.get("/health")
+    assert [answer.status_code for answer in answers] == [200] * 8, answers[0].text
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "bad_words")
+    assert health.status_code == 200
+    engine.stop()
 
 
 async def test_the_application_of_a_lost_gpu(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

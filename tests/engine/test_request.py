@@ -63,6 +63,11 @@ def test_the_ends_of_each_range_are_allowed(params: dict[str, Any]) -> None:
         ({"repetition_penalty": 0.0}, r"^repetition_penalty must be a finite number above 0, got 0$"),
         ({"repetition_penalty": INFINITY}, r"^repetition_penalty .* got inf$"),
         ({"logit_bias": [(50, 1.0)]}, r"^logit_bias keys must be token ids between 0 and 49, got 50$"),
+        (
+            {"logit_bias": [(7, 1.0), (3, 2.0), (7, 0.0)]},
+            r"^logit_bias must name each token once, got 7 more than once$",
+        ),
+        ({"logprob_token_ids": [4, 0, 4]}, r"^logprob_token_ids must name each token once, got 4 more than once$"),
         ({"logit_bias": [(1, 1.0), (3, NAN)]}, r"^logit_bias of token 3 must be finite, got nan$"),
         ({"num_logprobs": 51}, r"^num_logprobs must be between -1 and 50, got 51$"),
         ({"max_tokens": -1}, r"^max_tokens must be at least 0, got -1$"),
