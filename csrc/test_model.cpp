@@ -12,6 +12,7 @@
 #include <cstdlib>
 
 #include "base/check.h"
+#include "cpu/cpu_device.h"
 #include "cuda/cuda_device.h"
 #include "cuda/make_cuda_device.h"
 #include "engine/engine.h"
@@ -50,13 +51,28 @@ Batch batch_of(const std::vector<Run>& runs) {
   return batch;
 }
 
+// A CPU that runs an MLP on so many rows at once, however many its caches hold.
+class PieceDevice : public CpuDevice {
+ public:
+  PieceDevice(int rows, int num_threads, Arithmetic arithmetic)
+      : CpuDevice(select_kernels(), num_threads, arithmetic), rows_(rows) {}
+  int rows_at_once(size_t /*row_bytes*/) const override { return rows_; }
+
+ private:
+  int rows_;
+};
+
 class Model {
  public:
   Model(const ModelConfig& config, const TensorIndex& tensors, const std::string& weight_format,
         const std::string& kv_format, int num_threads, int num_blocks, int max_tokens, bool exact,
-        const std::string& device)
-      : config_(config),
-        device_(make_device(device, num_threads, exact ? Arithmetic::EXACT : Arithmetic::INT8)) {
+        const std::string& device, int rows_at_once)
+      : config_(config) {
+    const Arithmetic arithmetic = exact ? Arithmetic::EXACT : Arithmetic::INT8;
+    if (rows_at_once > 0)
+      device_ = std::make_unique<PieceDevice>(rows_at_once, num_threads, arithmetic);
+    else
+      device_ = make_device(device, num_threads, arithmetic);
     device_->reserve(std::min(device_->memory_available(), kTestMemory));
     Loading loading;
     transformer_ =
@@ -104,10 +120,10 @@ NB_MODULE(_model_test, m) {
       nb::arg("tokens"), nb::arg("num_computed"), nb::arg("blocks"));
   nb::class_<Model>(m, "Model")
       .def(nb::init<const ModelConfig&, const TensorIndex&, const std::string&, const std::string&, int, int,
-                    int, bool, const std::string&>(),
+                    int, bool, const std::string&, int>(),
            nb::arg("config"), nb::arg("tensors"), nb::arg("weight_format") = "", nb::arg("kv_format") = "F32",
            nb::arg("num_threads") = 2, nb::arg("num_blocks") = 64, nb::arg("max_tokens") = 512,
-           nb::arg("exact") = true, nb::arg("device") = "cpu")
+           nb::arg("exact") = true, nb::arg("device") = "cpu", nb::arg("rows_at_once") = 0)
       .def("forward", &Model::forward, nb::arg("runs"))
       .def_prop_ro("graphs", &Model::graphs);
   m.def(

@@ -190,6 +190,17 @@ def test_threads_do_not_matter(threads: int, tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("rows", [1, 3, 16, LENGTH - 1])
+@pytest.mark.parametrize("name", ["llama-gqa", "mpt-bias"])
+def test_rows_at_once_do_not_matter(name: str, rows: int, tmp_path: Path) -> None:
+    """An MLP in pieces, the last of them smaller: gated and plain, with weights of floats and of bytes."""
+    CASES[name](tmp_path)
+    runs = [run(random_tokens(LENGTH, 1), 0, list(range(num_blocks(LENGTH))))]
+    for options in ({}, {"weight_format": "INT8", "exact": False}):
+        whole = our_model(tmp_path, rows_at_once=LENGTH, **options).forward(runs)
+        np.testing.assert_array_equal(our_model(tmp_path, rows_at_once=rows, **options).forward(runs), whole)
+
+
 @pytest.mark.parametrize(("asked", "dtype"), [("BF16", torch.bfloat16), ("F16", torch.float16)])
 def test_matrices_rounded_at_load(asked: str, dtype: torch.dtype, tmp_path: Path) -> None:
     reference = make_llama(tmp_path)
