@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 _FORMATS = {"float32": "F32", "float": "F32", "bfloat16": "BF16", "float16": "F16", "half": "F16"}
 _KV_FORMATS = {**_FORMATS, "int8": "INT8"}
 
@@ -52,8 +53,10 @@ def load(settings: Settings, progress: Progress) -> Loaded:
         MemoryError: There is too little memory.
         StartError: The engine does not start, such as on a GPU that fails.
     """
-    if settings.device == "auto" and (problem := _engine.cuda_problem()):
-        logger.info("the model runs on the CPU: %s", problem)
+    if settings.device in (None, "auto") and (problem := _engine.cuda_problem()):
+        # News to those who asked, or have a GPU; to all others it goes without saying.
+        level = logging.INFO if settings.device or NVIDIA_DRIVER.exists() else logging.DEBUG
+        logger.log(level, "the model runs on the CPU: %s", problem)
     progress.enter("finding the model")
     path = resolve_model(settings.model, settings.revision, settings.download_dir)
     progress.enter("reading the checkpoint")
@@ -90,7 +93,7 @@ def _weight_format(settings: Settings, checkpoint: Checkpoint) -> str:
 def engine_options(settings: Settings, checkpoint: Checkpoint) -> _engine.EngineOptions:
     """The settings in the engine's words. Raises ValueError."""
     options = _engine.EngineOptions()
-    options.device = settings.device
+    options.device = settings.device or "auto"
     options.num_threads = settings.threads
     options.memory_bytes = settings.memory
     if settings.gpu_memory_utilization is not None:

@@ -60,7 +60,7 @@ class Settings:
     dtype: str = "auto"
     quantization: str | None = None  # what float weights become while they load: int8 or int4
     kv_cache_dtype: str = "auto"
-    device: str = "auto"
+    device: str | None = None  # None: auto, by default
     max_model_len: int = 0  # tokens
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 512

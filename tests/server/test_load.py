@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from langchain_vllm_server import _engine
 from langchain_vllm_server.errors import CheckpointError
-from langchain_vllm_server.load import engine_options, sampling_defaults, tokenizer_info
+from langchain_vllm_server.gate import Progress
+from langchain_vllm_server.load import engine_options, load, sampling_defaults, tokenizer_info
 from langchain_vllm_server.settings import parse_settings
 from langchain_vllm_server.stored_tensor import StoredTensor
 from tests.server.fakes import EOS, byte_tokenizer
@@ -83,3 +86,26 @@ def test_the_tokenizer_is_told_as_its_config_would() -> None:
         "vocab_size": 259,
         "chat_template": "{{ x }}",
     }
+
+
+@pytest.mark.parametrize(
+    ("flags", "driver", "level"),
+    [([], False, logging.DEBUG), ([], True, logging.INFO), (["--device", "auto"], False, logging.INFO)],
+    ids=str,
+)
+def test_why_no_gpu_is_taken_is_news_only_to_some(
+    flags: list[str],
+    driver: bool,
+    level: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """To those who asked for a choice, or have a driver of NVIDIA's."""
+    monkeypatch.setattr(_engine, "cuda_problem", lambda: "the moon is full")
+    monkeypatch.setattr("langchain_vllm_server.load.NVIDIA_DRIVER", tmp_path if driver else tmp_path / "none")
+    with caplog.at_level(logging.DEBUG), pytest.raises(CheckpointError):
+        load(parse_settings([str(tmp_path / "none.gguf"), *flags]), Progress())
+    assert [(record.levelno, record.getMessage()) for record in caplog.records] == [
+        (level, "the model runs on the CPU: the moon is full")
+    ]
