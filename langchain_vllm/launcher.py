@@ -44,11 +44,13 @@ class Health:
         status: "ok", "loading", "stopped" (no process), "unreachable" (no answer), or another word of the server's.
         phase: What it is doing while loading, such as "weights".
         progress: How much of that is done, 0 to 1.
+        device: Where the model runs, "cpu" or "cuda"; "" while it does not, and where the server does not tell.
     """
 
     status: str
     phase: str = ""
     progress: float = 0.0
+    device: str = ""
 
     @property
     def ready(self) -> bool:
@@ -84,8 +86,8 @@ class VLLMServer:
         quantization: "int8" or "int4" rounds float weights so while they load.
         seed: Seed for requests that have none.
         device: "cuda": a GPU, and an error where none can be used; "cpu"; or "auto", the default: a GPU if one can be
-            used, else the CPU, also when a server is started again because its GPU was lost. Its log tells which, and
-            why no GPU.
+            used, else the CPU. That is chosen once: this object's server is started again where it was, so that a lost
+            GPU is an error, and no slow answers.
         threads: CPU threads; by default one per core.
         memory: Limit for weights and KV cache, such as "4GiB".
         extra_args: Further command line arguments of `langchain-vllm serve`.
@@ -164,6 +166,7 @@ class VLLMServer:
         self._finalizer: weakref.finalize[[], VLLMServer] | None = None
         self._url: str | None = None
         self._ready = False
+        self._device = ""  # that the model has run on
         _servers.add(self)
 
     def __enter__(self) -> Self:
@@ -287,6 +290,9 @@ class VLLMServer:
                     raise self._failure(f"made no progress for {self.startup_timeout:g} s (phase: {doing})")
                 time.sleep(POLL_SECONDS)
             report.close(ready=True)
+        if self._device == "cuda" and health.device == "cpu":  # somebody else has started it
+            raise self._failure("runs on the CPU")
+        self._device = self._device or health.device
         self._ready = True
 
     def health(self) -> Health:
@@ -295,8 +301,8 @@ class VLLMServer:
             return Health("stopped")
         opener = build_opener(ProxyHandler({}))  # a proxy in the environment is not for this machine
         try:
-            with opener.open(f"{self._url}/health", timeout=5.0):
-                return Health("ok")
+            with opener.open(f"{self._url}/health", timeout=5.0) as answer:
+                return Health("ok", device=answer.headers.get("x-device", ""))
         except HTTPError as error:
             with error:
                 return _parse_health(error.read())
@@ -333,10 +339,15 @@ class VLLMServer:
     def _command(self, owners_fd: int) -> list[str]:
         if self.engine == "vllm":
             return vllm_command(self.model, self._flags, self._extra_args, owners_fd, self._vllm)
-        return bundled_command(self.model, self._flags, self._extra_args, owners_fd)
+        command = bundled_command(self.model, self._flags, self._extra_args, owners_fd)
+        if owners_fd and self._device:  # no part of its identity: those who have not started it yet may join it
+            command += ["--device", self._device]
+        return command
 
     def _failure(self, what: str) -> VLLMServerError:
         log = self.log_tail() or "(it wrote nothing)"
+        if self._device == "cuda":
+            what += ', and its model was on a GPU before: to go on without it, ask for device="cpu"'
         return VLLMServerError(f"The server for {self.model!r} {what}. The end of its log:\n{log}")
 
 

@@ -181,6 +181,11 @@ class AsyncEngine:
             self._engine.cancel(request_id)
             self._masks.remove(request_id)
 
+    @property
+    def device(self) -> str:
+        """The kind of the device that the model runs on: "cpu" or "cuda"."""
+        return self._engine.device_name.partition(" ")[0]
+
     def stats(self) -> Stats:
         """The engine's counters."""
         return self._engine.stats()

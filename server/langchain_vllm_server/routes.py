@@ -74,8 +74,9 @@ class Page:
 
 
 async def _health(service: Service, _request: Request) -> Response:
-    problem = service.engine.problem()
-    return json_response({"status": "unhealthy", "error": problem}, 503) if problem else Response(status_code=200)
+    if problem := service.engine.problem():
+        return json_response({"status": "unhealthy", "error": problem}, 503)
+    return Response(status_code=200, headers={"x-device": service.engine.device})  # without a body, as vLLM's
 
 
 async def _version(service: Service, _request: Request) -> Response:

@@ -48,7 +48,7 @@ def test_a_device_that_is_not_known() -> None:
 @emulated
 @pytest.mark.parametrize("device", ["cuda", "auto"])
 def test_a_gpu_that_is_lost(device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The server ends and says why; the next call starts it again, on the CPU if the user left the choice."""
+    """The server ends and says why; the next call starts it again, on a GPU: the choice was made."""
     monkeypatch.setattr(VLLMServer, "_command", emulated_command)
     gone = tmp_path / "gone"
     options: dict[str, Any] = {"device": device, "memory": "8MiB", "env": {GONE: str(gone)}}
@@ -66,9 +66,36 @@ def test_a_gpu_that_is_lost(device: str, tmp_path: Path, monkeypatch: pytest.Mon
     assert server.health().status == "stopped"
     assert "the engine has failed: CUDA: " in server.log_tail()
     assert "Traceback" not in server.log_tail() + str(raised.value)
-    if device == "auto":
-        assert llm.invoke("b")
-        assert "the model runs on the CPU: no GPU is visible here" in server.log_tail()
-    else:
-        with pytest.raises(VLLMServerError, match="error: no GPU is visible here: look at nvidia-smi"):
+    for _ in range(2):
+        with pytest.raises(VLLMServerError, match="error: no GPU is visible here: look at nvidia-smi") as failed:
             llm.invoke("b")
+        assert 'to go on without it, ask for device="cpu"' in str(failed.value)
+    asked = VLLM(model=llm.model, max_tokens=8, server_options={**options, "device": "cpu"})
+    assert asked.invoke("b")
+    gone.unlink()
+    assert llm.invoke("b")
+    assert " on cuda (CUDA on CPU" in server.log_tail()
+
+
+@emulated
+@pytest.mark.parametrize("spelled", [{"device": "auto"}, {}, {"extra_args": ["--device", "auto"]}], ids=str)
+def test_auto_chooses_once(spelled: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For each object: one whose model was on a GPU has no share in a server that another has on the CPU."""
+    monkeypatch.setattr(VLLMServer, "_command", emulated_command)
+    gone = tmp_path / "gone"
+    options: dict[str, Any] = {"memory": "8MiB", "env": {GONE: str(gone)}, **spelled}
+    first, second = (VLLMServer(make_model(tmp_path / "model"), **options) for _ in range(2))
+    first.start()
+    assert first.health().device == "cuda"
+    first.stop()
+    gone.touch()
+    with second:
+        assert second.health().device == "cpu"
+        with pytest.raises(VLLMServerError, match=r'runs on the CPU, .* ask for device="cpu"'):
+            first.start()
+        assert not first.is_running
+    with pytest.raises(VLLMServerError, match=r"no GPU is visible here"):
+        first.start()
+    gone.unlink()
+    with first, second:
+        assert (first.pid, first.health().device) == (second.pid, "cuda"), "a CPU was no wish"

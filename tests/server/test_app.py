@@ -233,7 +233,7 @@ async def test_models(server: Server) -> None:
 async def test_version_and_health(server: Server) -> None:
     assert (await server.client.get("/version")).json() == {"version": "1.2.3"}
     for response in (await server.client.get("/health"), await server.client.post("/ping")):
-        assert (response.status_code, response.content) == (200, b"")
+        assert (response.status_code, response.content, response.headers["x-device"]) == (200, b"", "fake")
 
 
 async def test_api_keys_guard_all_but_health() -> None:
