@@ -16,11 +16,13 @@ from typing import IO, TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
+# Where this forbids it, a source tree is compiled anew at each start, which an installed package never is.
+_BYTE_CODE = "PYTHONDONTWRITEBYTECODE"
 _SPIN = "import time; end = time.monotonic() + {}\nwhile time.monotonic() < end: pass"
 
 
 class Child:
-    """A process in a session of its own, with its descendants."""
+    """A process in a session of its own, with its descendants. It finds byte code as an installed program does."""
 
     def __init__(self, command: Sequence[str], env: Mapping[str, str], log: Path, **streams: Any) -> None:
         self._log = log
@@ -29,7 +31,7 @@ class Child:
             errors.flush()
             self._process = subprocess.Popen(
                 command,
-                env={**os.environ, **env},
+                env={**os.environ, _BYTE_CODE: "", **env},
                 start_new_session=True,
                 stderr=errors,
                 **{"stdin": subprocess.DEVNULL, "stdout": errors, **streams},

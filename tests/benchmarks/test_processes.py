@@ -63,6 +63,14 @@ def test_a_child_that_ends_too_soon_tells_why(tmp_path: Path) -> None:
     child.stop()
 
 
+def test_a_child_may_keep_its_byte_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    say = "import sys; print(sys.dont_write_bytecode, flush=True)"
+    child = Child([sys.executable, "-c", say], {}, tmp_path / "log", stdout=subprocess.PIPE)
+    assert child.stdout.readline() == b"False\n"
+    child.stop()
+
+
 def test_the_busy_neighbour_goes() -> None:
     before = _children()
     with busy_neighbour():

@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks import report
 from benchmarks.compare import QUANTISED, ROWS, Limit, limits, ratios
-from benchmarks.engines import Engine, Setup, select
+from benchmarks.engines import Engine, Setup, find_engines, select
 from benchmarks.records import Journal, Results, read
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def test_ratios_with_a_target_met_one_missed_and_a_peer_that_is_not_there() -> N
         ]
     )
     row = cells(report.ratio_table(results, QUANTISED), "decode")
-    assert row[1:] == ["2.5× (≥ 2)", "–", "–", "–", "**2×** ✗ (≥ 2.5)", "–"]
+    assert row[1:] == ["2.5× (≥ 2)", "–", "–", "–", "**2×** ✗ (≥ 2.5)", "–", "–"]
     assert report.misses(results) == ["decode decode_per_s, ours:int8 against vllm:int8: 2× (target 2.5×)"]
 
 
@@ -176,6 +176,17 @@ def test_nothing_is_lost_when_a_run_is_interrupted(tmp_path: Path) -> None:
     assert not resumed.has("measurement", engine="a", repeat=2)
     resumed.add("measurement", engine="a", workload="decode", repeat=2)
     assert [record["repeat"] for record in read(path)] == [0, 1, 2]
+
+
+def test_eager_vllm_is_there_for_its_start_alone(tmp_path: Path) -> None:
+    engine = find_engines(tmp_path, 2)["vllm:int8-eager"]
+    assert [(setup.workloads, setup.start, setup.command[-1]) for setup in engine.setups] == [
+        ((), "start", "--enforce-eager")
+    ]
+    results = Results(
+        [measurement("ours:int8", "start", first_token_s=0.5), measurement(engine.name, "start", first_token_s=20)]
+    )
+    assert cells(report.ratio_table(results, QUANTISED), "cold start")[6] == "40× (≥ 30)"
 
 
 def test_engines_are_selected_by_family_or_name(tmp_path: Path) -> None:
