@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import random
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -44,6 +45,21 @@ class Loaded:
     model: ServedModel
 
 
+@dataclass(frozen=True, slots=True)
+class Text:
+    """How the model reads and writes.
+
+    Attributes:
+        tokenizer: The checkpoint's, or that of --tokenizer.
+        template_source: Jinja; None: there is no chat template.
+        chat_template: The same, compiled.
+    """
+
+    tokenizer: Tokenizer
+    template_source: str | None
+    chat_template: ChatTemplate | None
+
+
 def load(settings: Settings, progress: Progress) -> Loaded:
     """Find, read and load the model. Blocks.
 
@@ -65,16 +81,18 @@ def load(settings: Settings, progress: Progress) -> Loaded:
     loading = _engine.Loading()
     progress.enter("loading weights", loading)
     options = engine_options(settings, checkpoint)
-    try:
-        engine = _engine.Engine(config, tensors, options, loading)
-    except RuntimeError as error:
-        raise StartError(f"the engine does not start: {error}") from error
-    try:
-        progress.enter("reading the tokenizer")
-        return Loaded(engine, served_model(settings, checkpoint, engine.options.max_model_len))
-    except BaseException:
-        engine.stop()
-        raise
+    with ThreadPoolExecutor(1, "text") as beside:  # while the engine packs its weights, it leaves Python alone
+        reading = beside.submit(read_text, settings, checkpoint)
+        try:
+            engine = _engine.Engine(config, tensors, options, loading)
+        except RuntimeError as error:
+            raise StartError(f"the engine does not start: {error}") from error
+        try:
+            progress.enter("reading the tokenizer")
+            return Loaded(engine, served_model(settings, checkpoint, reading.result(), engine.options.max_model_len))
+        except BaseException:
+            engine.stop()
+            raise
 
 
 def _weight_format(settings: Settings, checkpoint: Checkpoint) -> str:
@@ -112,11 +130,17 @@ def engine_options(settings: Settings, checkpoint: Checkpoint) -> _engine.Engine
     return options
 
 
-def served_model(settings: Settings, checkpoint: Checkpoint, max_model_len: int) -> ServedModel:
-    """What the routes need to know. Raises CheckpointError for a bad tokenizer or template."""
+def read_text(settings: Settings, checkpoint: Checkpoint) -> Text:
+    """The text side, which takes long to make. Raises CheckpointError for a bad tokenizer or template."""
     other = settings.tokenizer
     tokenizer = checkpoint.tokenizer if other is None else _other_tokenizer(other, settings)
     source = settings.chat_template if settings.chat_template is not None else checkpoint.chat_template
+    return Text(tokenizer, source, None if source is None else _template(source, tokenizer))
+
+
+def served_model(settings: Settings, checkpoint: Checkpoint, text: Text, max_model_len: int) -> ServedModel:
+    """What the routes need to know. Raises CheckpointError and ValueError for a setting that does not fit the model."""
+    tokenizer, source = text.tokenizer, text.template_source
     return ServedModel(
         names=settings.served_model_name or (settings.model,),
         root=settings.model,
@@ -126,7 +150,7 @@ def served_model(settings: Settings, checkpoint: Checkpoint, max_model_len: int)
         hidden_size=checkpoint.spec.hidden_size,
         max_model_len=max_model_len,
         eos_token_ids=tuple(checkpoint.eos_token_ids),
-        chat_template=None if source is None else _template(source, tokenizer),
+        chat_template=text.chat_template,
         content_format=_content_format(settings, source),
         chat_template_kwargs=_template_kwargs(settings),
         spelling=_spelling(settings),

@@ -26,7 +26,8 @@ TEMPLATE = "{{ color }} {{ enable_thinking }} {% for m in messages %}{{ m['conte
 
 
 def served(*argv: str) -> ServedModel:
-    return load.served_model(parse_settings(["m", *argv]), load_checkpoint(SMOLLM2), 512)
+    settings, checkpoint = parse_settings(["m", *argv]), load_checkpoint(SMOLLM2)
+    return load.served_model(settings, checkpoint, load.read_text(settings, checkpoint), 512)
 
 
 def chat(**fields: Any) -> ChatCompletionRequest:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import logging
+import threading
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
 from langchain_vllm_server import _engine
-from langchain_vllm_server.errors import CheckpointError
+from langchain_vllm_server import load as loading
+from langchain_vllm_server.errors import CheckpointError, StartError
 from langchain_vllm_server.gate import Progress
 from langchain_vllm_server.load import engine_options, load, sampling_defaults, tokenizer_info
 from langchain_vllm_server.settings import parse_settings
 from langchain_vllm_server.stored_tensor import StoredTensor
+from tests.server.checkpoint_fixtures import SMOLLM2
 from tests.server.fakes import EOS, byte_tokenizer
 
 
@@ -109,3 +112,63 @@ def test_why_no_gpu_is_taken_is_news_only_to_some(
     assert [(record.levelno, record.getMessage()) for record in caplog.records] == [
         (level, "the model runs on the CPU: the moon is full")
     ]
+
+
+class FakeEngine:
+    """Stands for the engine; that is made as soon as `wait` has returned."""
+
+    made: ClassVar[list[FakeEngine]] = []
+
+    def __init__(self, *_: object) -> None:
+        self.wait()
+        self.options = SimpleNamespace(max_model_len=256)
+        self.stopped = False
+        self.made.append(self)
+
+    def wait(self) -> None:
+        pass
+
+    def stop(self) -> None:
+        self.stopped = True
+
+
+@pytest.fixture
+def engine(monkeypatch: pytest.MonkeyPatch) -> type[FakeEngine]:
+    monkeypatch.setattr(FakeEngine, "made", [])
+    monkeypatch.setattr(_engine, "Engine", FakeEngine)
+    return FakeEngine
+
+
+def test_the_text_is_read_while_the_engine_loads(engine: type[FakeEngine], monkeypatch: pytest.MonkeyPatch) -> None:
+    read, read_text = threading.Event(), loading.read_text
+
+    def read_and_tell(*args: Any) -> loading.Text:
+        text = read_text(*args)
+        read.set()
+        return text
+
+    def wait(_: FakeEngine) -> None:
+        assert read.wait(20), "the engine was waited for first"
+
+    monkeypatch.setattr(loading, "read_text", read_and_tell)
+    monkeypatch.setattr(engine, "wait", wait)
+    model = load(parse_settings([str(SMOLLM2)]), Progress()).model
+    assert model.tokenizer.encode("Hello") == [19556]
+    assert model.max_model_len == 256
+
+
+def test_an_engine_without_a_text_side_is_stopped(engine: type[FakeEngine]) -> None:
+    with pytest.raises(CheckpointError, match="the chat template is not valid"):
+        load(parse_settings([str(SMOLLM2), "--chat-template", "{{ x"]), Progress())
+    assert [one.stopped for one in engine.made] == [True]
+
+
+def test_an_engine_that_does_not_start_is_named_before_a_bad_text_side(
+    engine: type[FakeEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: FakeEngine) -> None:
+        raise RuntimeError("the GPU is lost")
+
+    monkeypatch.setattr(engine, "wait", fail)
+    with pytest.raises(StartError, match="the engine does not start: the GPU is lost"):
+        load(parse_settings([str(SMOLLM2), "--chat-template", "{{ x"]), Progress())
