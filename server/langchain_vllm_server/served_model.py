@@ -91,8 +91,8 @@ class ServedModel:
             BadRequestError: It cannot fit even if every token were the longest one; encoding it would cost about a
                 hundred times its memory.
         """
-        limit = self.max_model_len * self.tokenizer.longest_token
-        if len(text) > limit:
+        # A short text fits even if every token were one character: it need not wait until all tokens are looked at.
+        if len(text) > self.max_model_len and len(text) > (limit := self.max_model_len * self.tokenizer.longest_token):
             raise BadRequestError(
                 f"This model's maximum context length is {self.max_model_len} tokens. However, your prompt contains "
                 f"{len(text)} characters (more than {limit} characters, which is the upper bound for that many "

@@ -137,6 +137,14 @@ async def test_text_that_cannot_fit_is_refused_unread(server: Server) -> None:
     assert f"{limit} input tokens" in (await server.complete("x" * limit)).json()["error"]["message"]
 
 
+async def test_a_short_text_does_not_wait_for_a_look_at_all_tokens(server: Server) -> None:
+    looked_at = vars(server.model.tokenizer)
+    looked_at.pop("longest_token", None)
+    for length, looked in ((256, False), (257, True)):
+        await server.complete("x" * length)
+        assert ("longest_token" in looked_at) == looked
+
+
 @pytest.mark.parametrize("prompt", ["long words " * 100_000, ["a few words " * 300] * 300])
 async def test_nobody_waits_for_the_encoding_of_a_long_text(prompt: Any) -> None:
     async with running(max_model_len=2_000_000) as server:
