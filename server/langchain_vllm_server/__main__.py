@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 import sys
 from typing import TYPE_CHECKING
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str]) -> int:
     """Serve a model; the process's exit code. Errors are one line on stderr."""
+    gc.disable()  # until the server is ready (serve.py): what is made before stays, so there is no garbage to find
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _leave)
     from langchain_vllm_server.errors import StartError

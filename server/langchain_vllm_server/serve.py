@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import resource
@@ -50,6 +51,7 @@ def serve(settings: Settings, listener: socket.socket) -> int:
         with asyncio.Runner(loop_factory=process.http.config.get_loop_factory()) as runner:
             runner.run(process.run(started))
     finally:
+        gc.unfreeze()  # from here on there is
         if settings.uds is not None:
             Path(settings.uds).unlink(missing_ok=True)
     if process.is_loading:
@@ -207,6 +209,8 @@ class ServerProcess:
         self._engine = AsyncEngine(engine, SamplingParams, limits, self._died)
         metrics = Metrics(model.names[0], model.max_model_len)
         self._gate.app = create_app(Service(model, self._engine, metrics), docs=not self._settings.disable_fastapi_docs)
+        gc.freeze()  # nor will there be any in it: a look at it all would hold requests up
+        gc.enable()
         if self._settings.gpu_memory_utilization and not engine.device_name.startswith("cuda"):
             logger.warning("--gpu-memory-utilization has no effect on %s: --memory has", engine.device_name)
         logger.info(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -28,4 +29,10 @@ class Tag:
 async def tag(request: Request, call_next: Callable[[Any], Awaitable[Response]]) -> Response:
     response = await call_next(request)
     response.headers["x-function"] = "yes"
+    return response
+
+
+async def tell_of_garbage(request: Request, call_next: Callable[[Any], Awaitable[Response]]) -> Response:
+    response = await call_next(request)
+    response.headers["x-garbage"] = f"collected: {gc.isenabled()}, in what was loaded: {gc.get_freeze_count() == 0}"
     return response

@@ -94,6 +94,15 @@ def test_listens_at_once_loads_serves_and_stops() -> None:
         assert "ready in" in errors
 
 
+def test_garbage_is_collected_as_soon_as_it_serves() -> None:
+    with server("load=0.3", "--port", "0", "--middleware", "tests.server.middlewares.tell_of_garbage") as process:
+        loading = process.client.get("/health")
+        assert (loading.status_code, loading.headers["x-garbage"][:16]) == (503, "collected: False")
+        process.wait_ready()
+        serving = process.client.get("/health").headers["x-garbage"]
+        assert serving == "collected: True, in what was loaded: False"
+
+
 def test_port_in_use_is_one_line_and_exit_code_1() -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
@@ -202,7 +211,7 @@ def test_sigterm_drains_until_the_deadline(deadline: str, max_tokens: int, last:
         reader.join()
         assert lines[-1] == "data: [DONE]"
         assert last in lines[-2]
-        assert (code, "Traceback" in errors) == (0, False), errors
+        assert (code, "Traceback" in errors, "leaked" in errors) == (0, False, False), errors
 
 
 def test_a_client_that_vanishes_is_cancelled() -> None:
@@ -255,7 +264,7 @@ def test_the_real_engine_on_the_default_model() -> None:
         assert (too_long.status_code, too_long.json()["error"]["param"]) == (400, "input_tokens")
         process.popen.terminate()
         code, errors = process.end()
-        assert (code, "Traceback" in errors) == (0, False), errors
+        assert (code, "Traceback" in errors, "leaked" in errors) == (0, False, False), errors
 
 
 def test_flags_without_effect_are_told_in_one_line() -> None:
