@@ -123,7 +123,7 @@ async def _docs(_service: Service, _request: Request) -> Response:
 
 
 PAGES = (
-    Page("/health", _health, "Whether the engine can serve: 200, or 503 with the reason."),
+    Page("/health", _health, "Whether the engine can serve: 200 with x-device, where it runs, or 503 with the reason."),
     Page("/ping", _health, "The same.", ("GET", "POST")),
     Page("/version", _version, "The server's version."),
     Page("/load", _load, "How many requests wait for the engine."),

@@ -127,7 +127,7 @@ def test_no_request_takes_more_than_there_is(model: Path) -> None:
         "num_logprobs": 1,
         "min_tokens": 2,
     }
-    with client_of(make_engine(model)) as client:
+    with client_of(make_engine(model, memory_bytes=4 << 20)) as client:
         asked = [client.submit([i], max_tokens=2, **everything) for i in range(SMALL["max_num_seqs"])]
         results = client.wait(*asked, client.submit([1], max_tokens=2))
         assert [result.finish for result in results] == ["length"] * 5, client.engine.stats().error
