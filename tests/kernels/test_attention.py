@@ -130,6 +130,34 @@ def check(cfg: dict[str, Any], qkv: F32, out: F32, isa: str, kv_format: str = "F
     assert np.all(np.abs(out - expected) <= bound)
 
 
+@pytest.mark.parametrize("kv_format", TERM_PRODUCTS)
+def test_every_term_of_a_number_counts_on_cuda(kv_format: str) -> None:
+    """Heads with one number each, so that sums hide nothing: the second of two tokens gives v / (1 + e^-s), s = q · k.
+
+    Off by e, a score changes that by the factor 1 ± (1 - p) e where p is the token's share. It has the roundings of its
+    products, of the key's scale and two more; the result has those of an exponential (two), a sum, products, the
+    value's scale and a division. Without its third term a number is off by up to 2^-17, several times that.
+    """
+    heads, dim, sums = 8, 8, TERM_PRODUCTS[kv_format]
+    cfg = config(heads, heads, dim, attention_scale=1.0)
+    rng = np.random.default_rng(0)
+    sequences = [np.zeros((2, 3, heads, dim), np.float32) for _ in range(32)]
+    numbers = (rng.uniform(1, 2, (32, 3, heads)) * rng.choice([-1, 1], (32, 3, heads))).astype(np.float32)
+    places = rng.integers(0, dim, (32, 2, heads))
+    for sequence, number, (of_key, of_value) in zip(sequences, numbers, places, strict=True):
+        for of, place in enumerate((of_key, of_key, of_value)):
+            sequence[1, of, np.arange(heads), place] = number[of]
+    outputs = Run(cfg, "cuda", kv_format)([s.reshape(2, -1) for s in sequences], [[2]] * 32)
+    found = np.array(outputs)[:, 1].reshape(32, heads, dim)
+    q = numbers[:, 0].astype(np.float64)
+    k, v = (rounded(np.ascontiguousarray(numbers[:, of]), kv_format) for of in (1, 2))
+    share = 1 / (1 + np.exp(-q * k))
+    expected, relative = share * v, (1 - share) * (np.abs(q * k) * (sums + 6) + 2) + sums + 10
+    at = np.take_along_axis(found, places[:, 1, :, None], axis=2)[..., 0]
+    assert np.count_nonzero(found) == at.size
+    assert np.all(np.abs(at - expected) <= np.abs(expected) * relative * U)
+
+
 HEADS = [(1, 1, 8), (4, 4, 16), (4, 4, 20), (9, 3, 64), (8, 2, 128), (5, 1, 80), (30, 2, 12), (71, 1, 8)]
 
 
