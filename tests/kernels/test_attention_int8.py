@@ -45,7 +45,8 @@ def hadamard(x: F32) -> tuple[F32, int]:
 def as_bytes(x: F32) -> tuple[F64, F32]:
     """Each last axis as integers of -127 … 127 and their scale."""
     most = np.abs(x).max(axis=-1, keepdims=True)
-    inverse = np.where(most > 2.0**-100, np.float32(127) / np.where(most > 0, most, 1), 0).astype(np.float32)
+    large = most > 2.0**-100
+    inverse = np.where(large, np.float32(127) / np.where(large, most, 1), 0).astype(np.float32)
     return np.rint(x * inverse).astype(np.float64), most * np.float32(1 / np.float32(127))
 
 
@@ -103,7 +104,7 @@ def check(cfg: dict[str, Any], qkv: F32, out: F32, isa: str) -> None:
 
 
 @every_isa
-@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), HEADS)
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [*HEADS, (2, 1, 192)])
 def test_whole_prompt(isa: str, heads: int, kv_heads: int, head_dim: int) -> None:
     cfg = config(heads, kv_heads, head_dim)
     qkv = random_qkv(cfg, 150, seed=head_dim)
@@ -165,11 +166,26 @@ def test_isas_agree_bit_for_bit() -> None:
 
 
 @every_isa
-def test_later_tokens_cannot_spoil_earlier_ones(isa: str) -> None:
+@pytest.mark.parametrize("power", [-110, -140], ids=str)
+def test_numbers_below_2_to_the_minus_100_are_zeros(isa: str, power: int) -> None:
+    """Normal ones, and such whose inverse is no number any more."""
+    cfg = config(2, 2, 16)
+    qkv = random_qkv(cfg, 40, seed=0)
+    qkv[::3, 2 * 16 :] *= np.float32(2.0**power)
+    qkv[:, 5 * 16 :] *= np.float32(2.0**power)
+    out = Run(cfg, isa, "INT8")([qkv], [[40]])[0]
+    check(cfg, qkv, out, isa)
+    assert not np.any(out[:, 16:])
+
+
+@every_isa
+@pytest.mark.parametrize("bad", [np.inf, np.nan])
+@pytest.mark.parametrize("where", [slice(None), slice(128 + 3, None, 16)], ids=["all", "a number of each value"])
+def test_later_tokens_cannot_spoil_earlier_ones(isa: str, bad: float, where: slice) -> None:
     cfg = config(6, 2, 16)
     qkv = random_qkv(cfg, 140, seed=0)
     clean = Run(cfg, isa, "INT8")([qkv], [[140]])[0]
-    qkv[133:] = np.inf
+    qkv[133:, where] = bad
     spoilt = Run(cfg, isa, "INT8")([qkv], [[140]])[0]
     assert np.array_equal(clean[:133], spoilt[:133])
     assert np.all(np.isnan(spoilt[133:]))

@@ -261,6 +261,13 @@ def test_greedy_takes_the_first_of_equals(device: str) -> None:
     assert sample(logits, {"temperature": 1e-6, "seed": 5}, [0], 1, device)[0] == 1
 
 
+def test_zeros_of_either_sign_are_equal(device: str) -> None:
+    logits = f32([-1, -0.0, 0.0, -0.0])
+    token, logprobs = sample(logits, {"temperature": 0.0, "num_logprobs": 2}, [0], 1, device)
+    assert (token, [(t, rank) for t, _, rank in logprobs]) == (1, [(1, 1), (1, 1), (2, 1)])
+    assert {sample(logits, {"top_k": 1, "seed": seed}, [0], 1, device)[0] for seed in range(20)} == {1}
+
+
 def test_top_k_keeps_the_first_of_equals(device: str) -> None:
     logits = f32([0, 1, 1, 1])
     tokens = {sample(logits, {"temperature": 1.0, "top_k": 2, "seed": seed}, [0], 1, device)[0] for seed in range(50)}
