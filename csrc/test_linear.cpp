@@ -102,9 +102,70 @@ class Linear {
     return array(std::move(out), {tokens.size(), cols});
   }
 
- private:
+ protected:
   std::unique_ptr<Device> device_;
   std::unique_ptr<Weight> weight_;
+};
+
+// The matrices of some experts, and a Routing.
+class Experts : public Linear {
+ public:
+  Experts(const std::string& isa, int threads, int num_experts, int per_token, bool norm_topk_prob,
+          const std::vector<Source>& sources, bool exact, const std::string& target, int max_tokens)
+      : Linear(isa, threads, sources, {}, exact, target) {
+    config_.num_experts = num_experts;
+    config_.num_experts_per_tok = per_token;
+    config_.norm_topk_prob = norm_topk_prob;
+    routing_ = device_->routing_alloc(config_, max_tokens);
+  }
+
+  void route(Matrix scores) {
+    n_ = scores.shape(0);
+    check(scores.shape(1) == static_cast<size_t>(config_.num_experts), "a score for each expert");
+    const auto in = device_->upload({scores.data(), scores.size()});
+    device_->route(config_, in->data, static_cast<int>(n_), *routing_);
+  }
+
+  auto dispatch(Matrix x) {
+    check(x.shape(0) == n_, "as many rows as were routed");
+    return run(x, num_choices(), x.shape(1), [&](const float* in, float* out) {
+      device_->dispatch(*routing_, in, out, static_cast<int>(x.shape(1)));
+    });
+  }
+
+  auto multiply(Matrix x) {
+    check(x.shape(0) == num_choices() && x.shape(1) == static_cast<size_t>(weight_->cols),
+          "a row for each choice");
+    const auto rows = static_cast<size_t>(weight_->rows / config_.num_experts);
+    return run(x, num_choices(), rows,
+               [&](const float* in, float* out) { device_->linear_experts(*weight_, *routing_, in, out); });
+  }
+
+  auto combine(Matrix y) {
+    check(y.shape(0) == num_choices(), "a row for each choice");
+    return run(y, n_, y.shape(1), [&](const float* in, float* out) {
+      device_->combine(*routing_, in, out, static_cast<int>(y.shape(1)));
+    });
+  }
+
+ private:
+  size_t num_choices() const { return n_ * static_cast<size_t>(config_.num_experts_per_tok); }
+
+  // What op(in, out) makes of x: (rows, cols). What stands behind it must not be touched.
+  template <class Op>
+  nb::ndarray<nb::numpy, float> run(Matrix x, size_t rows, size_t cols, Op&& op) {
+    constexpr float guard = 12345.0f;
+    std::vector<float> out(rows * cols + kLanes, guard);
+    const auto in = device_->upload({x.data(), x.size()}), result = device_->upload(out);
+    op(in->data, result->data);
+    device_->copy_to_host(out.data(), result->data, out.size());
+    for (size_t i = rows * cols; i < out.size(); ++i) check(out[i] == guard, "an op wrote behind its result");
+    return array(std::move(out), {rows, cols});
+  }
+
+  ModelConfig config_;
+  std::unique_ptr<Routing> routing_;
+  size_t n_ = 0;
 };
 
 using Clock = std::chrono::steady_clock;
@@ -214,4 +275,13 @@ void bind_linear(nb::module_& m) {
       .def_prop_ro("bytes", &Linear::bytes)
       .def("multiply", &Linear::multiply, "x"_a)
       .def("embed", &Linear::embed_tokens, "tokens"_a);
+  nb::class_<Experts>(m, "Experts")
+      .def(nb::init<const std::string&, int, int, int, bool, const std::vector<Source>&, bool,
+                    const std::string&, int>(),
+           "isa"_a, "threads"_a, "num_experts"_a, "per_token"_a, "norm_topk_prob"_a, "sources"_a,
+           "exact"_a = true, "target"_a = "", "max_tokens"_a = 64)
+      .def("route", &Experts::route, "scores"_a)
+      .def("dispatch", &Experts::dispatch, "x"_a)
+      .def("multiply", &Experts::multiply, "x"_a)
+      .def("combine", &Experts::combine, "y"_a);
 }

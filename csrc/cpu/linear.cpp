@@ -16,35 +16,29 @@ int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }
 
-// Rows of x and the panels that they are multiplied with: a whole weight's, or an expert's.
+// Rows of x and the panels that they are multiplied with: a whole weight's, or an expert's. The panels are
+// cut evenly into runs, and in pairs, which a kernel takes at once; the row tiles into as few runs as pay for
+// reading, or expanding, the weights.
 struct Part {
   int first_row, num_rows;          // of x and of y
-  int64_t first_panel, last_panel;  // of the weight
+  int64_t first_panel, num_panels;  // of the weight
   int64_t first_channel;            // of the weight, the first one in a row of y
-  int64_t first_tile = 0;           // of the quantised rows, those of the parts before it counted
-  int64_t first_task = 0;           // likewise
+  int64_t panel_runs = 0, row_runs = 0;
+  int64_t first_tile = 0;  // of the quantised rows, those of the parts before it counted
+  int64_t first_task = 0;  // likewise
 
   int64_t num_tiles() const { return ceil_div(num_rows, kRowTile); }
-};
-
-// How a part's work is cut: its panels evenly into runs, and in pairs, which a kernel takes at once; its row
-// tiles into as few runs as pay for reading, or expanding, the weights.
-struct Division {
-  int64_t panels, panel_runs, tiles, row_runs;
-  Division(const Part& part, int64_t cols, int threads)
-      : panels(part.last_panel - part.first_panel),
-        panel_runs(std::min(ceil_div(panels, 2), threads * kTasksPerThread)),
-        tiles(part.num_tiles()),
-        row_runs(ceil_div(tiles, tiles_per_task(cols))) {}
   int64_t num_tasks() const { return panel_runs * row_runs; }
-  int64_t panel(int64_t run) const { return std::min(panels, run * ceil_div(panels, 2) / panel_runs * 2); }
-  int64_t tile(int64_t run) const { return run * tiles / row_runs; }
-
- private:
-  static int64_t tiles_per_task(int64_t cols) {
+  void cut(int64_t cols, int threads) {
     const int64_t tile_bytes = ceil_div(cols, 32) * static_cast<int64_t>(sizeof(QuantisedTile));
-    return std::max<int64_t>(1, kTaskBytes / tile_bytes);
+    panel_runs = std::min(ceil_div(num_panels, 2), threads * kTasksPerThread);
+    row_runs = ceil_div(num_tiles(), std::max<int64_t>(1, kTaskBytes / tile_bytes));
   }
+  // Where a run begins.
+  int64_t panel(int64_t run) const {
+    return first_panel + std::min(num_panels, run * ceil_div(num_panels, 2) / panel_runs * 2);
+  }
+  int64_t tile(int64_t run) const { return run * num_tiles() / row_runs; }
 };
 
 // What panels [first, last) of one segment are to a row of y.
@@ -120,16 +114,16 @@ void multiply(const Kernels& kernels, ThreadPool& pool, const PackedWeight& weig
   const Operands operands{x, quantise(kernels, pool, weight, parts, x, scratch), y, y_stride};
   int64_t tasks = 0;
   for (Part& part : parts) {
+    part.cut(weight.cols, pool.size());
     part.first_task = tasks;
-    tasks += Division(part, weight.cols, pool.size()).num_tasks();
+    tasks += part.num_tasks();
   }
   pool.run(static_cast<int>(tasks), [&](int task, int) {
     const Part& part = part_with(parts, &Part::first_task, task);
-    const Division cut(part, weight.cols, pool.size());
-    const int64_t run = (task - part.first_task) % cut.panel_runs,
-                  row_run = (task - part.first_task) / cut.panel_runs;
-    multiply(kernels, weight, part, part.first_panel + cut.panel(run), part.first_panel + cut.panel(run + 1),
-             operands, cut.tile(row_run), cut.tile(row_run + 1));
+    const int64_t run = (task - part.first_task) % part.panel_runs;
+    const int64_t row_run = (task - part.first_task) / part.panel_runs;
+    multiply(kernels, weight, part, part.panel(run), part.panel(run + 1), operands, part.tile(row_run),
+             part.tile(row_run + 1));
   });
 }
 
@@ -158,7 +152,8 @@ void linear_experts(const Kernels& kernels, ThreadPool& pool, const Weight& weig
   std::vector<Part> parts;
   for (int64_t e = 0; e < num_experts; ++e) {
     const int32_t row = first_rows[static_cast<size_t>(e)], end = first_rows[static_cast<size_t>(e) + 1];
-    if (row < end) parts.push_back({row, end - row, first_panel(e), first_panel(e + 1), e * channels});
+    if (row < end)
+      parts.push_back({row, end - row, first_panel(e), first_panel(e + 1) - first_panel(e), e * channels});
   }
   multiply(kernels, pool, packed, parts, x, y, channels, scratch);
 }
