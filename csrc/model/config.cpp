@@ -12,6 +12,7 @@ namespace {
 
 // Of any size, far beyond every model: keeps sums and small multiples of sizes within 32 bits.
 constexpr int64_t kMost = 1 << 24;
+constexpr int32_t kMostExperts = 1 << 12;  // likewise; a step's tokens times it are within 32 bits
 
 void size(const char* name, int64_t value) {
   require(value > 0 && value <= kMost, std::string("config: ") + name + " is " + std::to_string(value) +
@@ -39,11 +40,12 @@ void ModelConfig::validate() const {
   size("num_key_value_heads", num_key_value_heads);
   size("head_dim", head_dim);
   size("num_attention_heads * head_dim", int64_t{num_attention_heads} * head_dim);
-  require(num_experts >= 0,
-          "config: num_experts is " + std::to_string(num_experts) + ", expected at least 0 (no experts)");
+  require(num_experts >= 0 && num_experts <= kMostExperts,
+          "config: num_experts is " + std::to_string(num_experts) + ", expected 0 (a dense MLP) to " +
+              std::to_string(kMostExperts));
   require(num_experts == 0 ? num_experts_per_tok == 0
                            : num_experts_per_tok >= 1 && num_experts_per_tok <= num_experts,
-          "config: num_experts_per_tok is " + std::to_string(num_experts_per_tok) + " of " +
+          "config: num_experts_per_tok is " + std::to_string(num_experts_per_tok) + ", with " +
               std::to_string(num_experts) + " experts");
   if (num_experts > 0) size("num_experts * mlp_in_size", int64_t{num_experts} * mlp_in_size());
   require(num_attention_heads % num_key_value_heads == 0,

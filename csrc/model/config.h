@@ -40,6 +40,7 @@ struct ModelConfig {
   int32_t q_size() const { return num_attention_heads * head_dim; }
   int32_t kv_size() const { return num_key_value_heads * head_dim; }
   int32_t qkv_size() const { return q_size() + 2 * kv_size(); }
+  int32_t mlps_per_tok() const { return num_experts > 0 ? num_experts_per_tok : 1; }
   int32_t mlp_in_size() const { return gated_mlp ? 2 * intermediate_size : intermediate_size; }
 
   // Throws InputError naming the first field that contradicts another.

@@ -58,6 +58,9 @@ class Transformer {
 
   void layers(const Batch& batch);
   void mlp(const LayerWeights& layer, int n);
+  // out (n, hidden_size) = the MLP, or its mixture of experts, of x (n, hidden_size).
+  void dense_mlp(const LayerWeights& layer, const float* x, float* out, int n);
+  void experts(const LayerWeights& layer, const float* x, float* out, int n);
 
   ModelConfig config_;
   Device& device_;

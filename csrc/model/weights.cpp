@@ -20,6 +20,10 @@ std::string names(const std::vector<Tensor>& tensors) {
   return text;
 }
 
+bool is_router(const std::string& role) {
+  return role.ends_with(".router");
+}
+
 // What a tensor becomes while it is loaded.
 class Conversion {
  public:
@@ -37,9 +41,10 @@ class Conversion {
   }
 
   // Plain floats alone are converted, and only where their columns fill whole blocks. Four bits cost the
-  // embeddings and the head most, so these get bytes (benchmarks/LOG.md).
+  // embeddings and the head most, so these get bytes (benchmarks/LOG.md). Routers stay as they are: rounded
+  // ones would choose other experts.
   Format of(const std::string& role, Format format, int64_t cols) const {
-    if (!target_ || !is_plain(format) || cols % block_size(*target_) != 0) return format;
+    if (!target_ || !is_plain(format) || is_router(role) || cols % block_size(*target_) != 0) return format;
     const bool vocabulary = role == "embed" || role == "lm_head";
     return *target_ == Format::Q4_1 && vocabulary ? Format::INT8 : *target_;
   }
@@ -71,6 +76,26 @@ class Loader {
     auto packed = device_.pack(sources, bias);
     for (const Tensor& t : sources) loading_.bytes_done += bytes(t);
     return packed;
+  }
+
+  // Multiplied exactly, for which experts are chosen depends on it.
+  std::unique_ptr<Weight> router(const std::string& role, int64_t rows, int64_t cols) {
+    for (const Tensor& t : checkpoint_.tensors(role))
+      require(is_plain(t.format), "tensor " + t.name + " is " + format_name(t.format) +
+                                      ", expected F32, F16 or BF16: a router is not quantised");
+    return weight(role, rows, cols);
+  }
+
+  // `num` matrices of equally many rows, each from sources of its own.
+  std::unique_ptr<Weight> experts(const std::string& role, int64_t num, int64_t rows, int64_t cols) {
+    int64_t row = 0;
+    for (const Tensor& t : checkpoint_.tensors(role)) {
+      require(row % rows + t.rows <= rows, "tensor " + t.name + " has shape " + shape_text(t.rows, t.cols) +
+                                               ", expected a part of one expert's " + std::to_string(rows) +
+                                               " rows");
+      row += t.rows;
+    }
+    return weight(role, num * rows, cols);
   }
 
   std::unique_ptr<Weight> optional_weight(const std::string& role, int64_t rows, int64_t cols) {
@@ -117,8 +142,14 @@ LayerWeights load_layer(const ModelConfig& c, const std::string& prefix, Loader&
   layer.qkv = load.weight(prefix + "qkv", c.qkv_size(), c.hidden_size);
   layer.attn_out = load.weight(prefix + "attn_out", c.hidden_size, c.q_size());
   layer.mlp_norm = load.norm(prefix + "mlp_norm", c.hidden_size);
-  layer.mlp_in = load.weight(prefix + "mlp_in", c.mlp_in_size(), c.hidden_size);
-  layer.mlp_out = load.weight(prefix + "mlp_out", c.hidden_size, c.intermediate_size);
+  if (c.num_experts == 0) {
+    layer.mlp_in = load.weight(prefix + "mlp_in", c.mlp_in_size(), c.hidden_size);
+    layer.mlp_out = load.weight(prefix + "mlp_out", c.hidden_size, c.intermediate_size);
+  } else {
+    layer.router = load.router(prefix + "router", c.num_experts, c.hidden_size);
+    layer.mlp_in = load.experts(prefix + "mlp_in", c.num_experts, c.mlp_in_size(), c.hidden_size);
+    layer.mlp_out = load.experts(prefix + "mlp_out", c.num_experts, c.hidden_size, c.intermediate_size);
+  }
   return layer;
 }
 
@@ -127,7 +158,8 @@ LayerWeights load_layer(const ModelConfig& c, const std::string& prefix, Loader&
 size_t Weights::bytes() const {
   size_t total = embed_table->bytes() + (head ? head->bytes() : 0);
   for (const LayerWeights& l : layers)
-    for (const auto* w : {&l.qkv, &l.attn_out, &l.mlp_in, &l.mlp_out}) total += (*w)->bytes();
+    for (const auto* w : {&l.qkv, &l.attn_out, &l.router, &l.mlp_in, &l.mlp_out})
+      total += *w ? (*w)->bytes() : 0;
   return total;
 }
 

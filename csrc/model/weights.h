@@ -21,9 +21,11 @@ struct LayerWeights {
   std::unique_ptr<Weight> qkv;       // (qkv_size, hidden_size); layers.i.qkv, .qkv.bias: q, k and v stacked
   std::unique_ptr<Weight> attn_out;  // (hidden_size, q_size)
   NormWeights mlp_norm;
-  std::unique_ptr<Weight>
-      mlp_in;  // (2·intermediate_size or intermediate_size, hidden_size): gate and up stacked
-  std::unique_ptr<Weight> mlp_out;  // (hidden_size, intermediate_size)
+  std::unique_ptr<Weight> router;  // (num_experts, hidden_size), plain floats; null: a dense MLP
+  // Gate and up stacked: (2·intermediate_size or intermediate_size, hidden_size); those of all experts, one
+  // expert's after the other's.
+  std::unique_ptr<Weight> mlp_in;
+  std::unique_ptr<Weight> mlp_out;  // (hidden_size, intermediate_size), likewise
 };
 
 struct Weights {
@@ -42,7 +44,8 @@ int64_t loaded_bytes(const TensorIndex& tensors, const std::string& weight_forma
 
 // Maps the files, checks every tensor's name, format and shape against the config, and packs it for the
 // device. weight_format: "" keeps each tensor's own format; F32, F16, BF16, INT8 or INT4 (Q4_1,
-// but INT8 for embeddings and head) converts the plain-float ones. Throws InputError naming the tensor, what
+// but INT8 for embeddings and head) converts the plain-float ones
+// but for routers. Throws InputError naming the tensor, what
 // was expected and what was found.
 Weights load_weights(const ModelConfig& config, const TensorIndex& tensors, const std::string& weight_format,
                      Device& device, Loading& loading);

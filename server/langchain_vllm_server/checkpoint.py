@@ -156,10 +156,11 @@ def _assign(
     model: Model, stored: dict[str, StoredTensor], source: str, architecture: str
 ) -> dict[str, list[StoredTensor]]:
     """Give each role its tensors, and check that they are there, no others are, and all have the right shape."""
+    stored = _split_experts(stored, model.spec.num_experts)
     tensors: dict[str, list[StoredTensor]] = {}
     for template, name_templates in model.roles.items():
         for layer in range(model.spec.num_hidden_layers) if "{i}" in template else (0,):
-            names = [name.replace("{i}", str(layer)) for name in name_templates]
+            names = [name.replace("{i}", str(layer)) for name in _of_experts(name_templates, model.spec.num_experts)]
             role = template.replace("{i}", str(layer))
             if role == "lm_head" and model.tied and names[0] not in stored:
                 continue
@@ -172,6 +173,28 @@ def _assign(
         shown = ", ".join(repr(name) for name in unknown[:3])
         raise CheckpointError(f"{source}: {len(unknown)} tensors that {architecture} does not have: {shown}, …")
     return tensors
+
+
+def _split_experts(stored: dict[str, StoredTensor], num_experts: int) -> dict[str, StoredTensor]:
+    """The tensors by name, one of all experts as a matrix for each."""
+    tensors: dict[str, StoredTensor] = {}
+    for name, tensor in stored.items():
+        if num_experts == 0 or len(tensor.shape) != 3:
+            tensors[name] = tensor
+        elif tensor.shape[0] != num_experts:
+            raise CheckpointError(
+                f"{tensor.file}: tensor {name!r}: the settings ask for {num_experts} experts, "
+                f"found shape {list(tensor.shape)}"
+            )
+        else:
+            tensors |= {part.name: part for part in tensor.parts()}
+    return tensors
+
+
+def _of_experts(names: list[str], num_experts: int) -> list[str]:
+    if not any("{e}" in name for name in names):
+        return names
+    return [name.replace("{e}", str(expert)) for expert in range(num_experts) for name in names]
 
 
 def _weights(
@@ -208,7 +231,7 @@ def _biases(
 
 def _shape(spec: ModelSpec, role: str) -> tuple[tuple[int, ...], int | None]:
     """Rows of each stacked part, and columns (None: a vector)."""
-    hidden, inner = spec.hidden_size, spec.intermediate_size
+    hidden, inner, mlps = spec.hidden_size, spec.intermediate_size, spec.num_experts or 1
     shapes: dict[str, tuple[tuple[int, ...], int | None]] = {
         "embed": ((spec.vocab_size,), hidden),
         "lm_head": ((spec.vocab_size,), hidden),
@@ -217,8 +240,9 @@ def _shape(spec: ModelSpec, role: str) -> tuple[tuple[int, ...], int | None]:
         "qkv": ((spec.q_size, spec.kv_size, spec.kv_size), hidden),
         "attn_out": ((hidden,), spec.q_size),
         "mlp_norm": ((hidden,), None),
-        "mlp_in": ((inner, inner) if spec.gated_mlp else (inner,), hidden),
-        "mlp_out": ((hidden,), inner),
+        "router": ((spec.num_experts,), hidden),
+        "mlp_in": (((inner, inner) if spec.gated_mlp else (inner,)) * mlps, hidden),
+        "mlp_out": ((hidden,) * mlps, inner),
     }
     return shapes[role]
 

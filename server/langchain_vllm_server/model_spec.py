@@ -7,6 +7,7 @@ from typing import Protocol
 
 # Bounds that no real model comes near, so that an absurd count makes an error and not a huge list.
 MAX_LAYERS = MAX_HEADS = MAX_HEAD_DIM = 1 << 14
+MAX_EXPERTS = 1 << 12
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,9 @@ class Model:
     Attributes:
         spec: The transformer.
         max_position: Tokens that it can see at once.
-        roles: Role (csrc/model/weights.h), with `{i}` for the layer → the checkpoint's names, stacked by rows. Biases
-            are not listed: a weight's is named like it, with `.bias` for `.weight`.
+        roles: Role (csrc/model/weights.h), with `{i}` for the layer → the checkpoint's names, stacked by rows, where
+            they have an `{e}` for one expert after the other. `name[{e}]` is that part of a tensor of all experts.
+            Biases are not listed: a weight's is named like it, with `.bias` for `.weight`.
         tied: Whether the checkpoint may lack `lm_head`, whose part `embed` then plays.
         biased: Roles whose biases the settings ask for (True) or rule out (False); where absent the checkpoint decides.
         unused: Patterns (regular expressions) of tensors that the model does without.

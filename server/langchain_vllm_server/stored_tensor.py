@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 # Format → (numbers in a block, bytes of a block); csrc/base/quant.h has the layouts.
 BLOCKS: dict[str, tuple[int, int]] = {
@@ -39,6 +39,15 @@ class StoredTensor:
     file: str
     offset: int
     size: int
+
+    def parts(self) -> list[StoredTensor]:
+        """One for each index of the first dimension, `name[0]` and so on."""
+        count, *shape = self.shape
+        size = self.size // count
+        return [
+            replace(self, name=f"{self.name}[{i}]", shape=tuple(shape), offset=self.offset + i * size, size=size)
+            for i in range(count)
+        ]
 
 
 def check_extents(tensors: list[StoredTensor], start: int, end: int) -> str | None:

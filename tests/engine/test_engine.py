@@ -16,7 +16,7 @@ from langchain_vllm_server import _engine
 from langchain_vllm_server.checkpoint import load_checkpoint
 from langchain_vllm_server.engine_config import to_engine
 from tests.engines import Result, running_engine
-from tests.parity.test_tiny_models import VOCAB, make_llama, make_mistral
+from tests.parity.test_tiny_models import MIXTRAL, VOCAB, make_llama, make_mistral, make_mixtral
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -78,6 +78,31 @@ def test_two_hundred_at_once_on_a_small_cache(model: Path) -> None:
         else:
             assert (among.tokens, among.logprobs, among.finish) == (one.tokens, one.logprobs, one.finish)
             assert (among.prompt_logprobs, among.embedding) == (one.prompt_logprobs, one.embedding)
+
+
+@pytest.mark.parametrize("quantised", ["", "INT8", "INT4"])
+def test_experts_in_a_crowd(quantised: str, tmp_path: Path) -> None:
+    """Every result is the one that the request gives alone."""
+    make_mixtral(tmp_path)
+    rng = random.Random(2)
+    requests = [random_request(rng) for _ in range(40)]
+    options = {**SMALL, "memory_bytes": 1500 << 10, "weight_format": quantised, "exact": False}
+    with running_engine(tmp_path, **options, enable_prefix_caching=False) as client:
+        alone = [client.generate(prompt, **params) for prompt, params in requests]
+    with running_engine(tmp_path, **options) as client:
+        crowd = client.wait(*(client.submit(prompt, **params) for prompt, params in requests))
+    assert [(r.tokens, r.logprobs, r.finish) for r in crowd] == [(r.tokens, r.logprobs, r.finish) for r in alone]
+
+
+def test_experts_are_counted_at_what_they_take(tmp_path: Path) -> None:
+    make_mixtral(tmp_path)
+    experts, hidden, inner = MIXTRAL["num_local_experts"], MIXTRAL["hidden_size"], MIXTRAL["intermediate_size"]
+    router = -(-experts // 16) * 16 * hidden * 4  # in whole panels of f32
+    mlps = experts * (2 * inner * (hidden + 4) + hidden * (inner + 4))  # in bytes, and a scale for each row
+    attention = (64 + 2 * 32) * (64 + 4) + 64 * (64 + 4)
+    words = 2 * -(-VOCAB // 16) * 16 * (hidden + 4)
+    with running_engine(tmp_path, **{**SMALL, "memory_bytes": 1200 << 10}, weight_format="INT8") as client:
+        assert client.engine.weight_bytes == words + 2 * (router + mlps + attention)
 
 
 def test_prompt_logprobs_do_not_depend_on_chunks_or_the_cache(model: Path) -> None:
@@ -340,6 +365,9 @@ def test_memory_is_counted_after_conversion(tmp_path: Path) -> None:
         ("logit_scale", float("nan")),
         ("norm_eps", -1.0),
         ("clip_qkv", -1.0),
+        ("num_experts", -1),
+        ("num_experts", 1 << 13),
+        ("num_experts_per_tok", 1),
     ],
 )
 def test_impossible_configs_name_the_field(model: Path, name: str, value: Any) -> None:

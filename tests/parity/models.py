@@ -118,6 +118,7 @@ def hugging_face_name(name: str) -> str:
         "ffn_gate": "mlp.gate_proj",
         "ffn_up": "mlp.up_proj",
         "ffn_down": "mlp.down_proj",
+        "ffn_gate_inp": "mlp.gate",
     }
     *block, part, weight = name.split(".")
     layer = f"model.layers.{block[1]}." if block else ""

@@ -11,8 +11,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, MptConfig, MptForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    MptConfig,
+    MptForCausalLM,
+)
 
+from langchain_vllm_server import _kernels_test
 from tests.parity.models import (
     BLOCK,
     VOCAB,
@@ -78,6 +88,24 @@ LLAMA_KNOBS: dict[str, dict[str, Any]] = {
     },
 }
 
+MIXTRAL: dict[str, Any] = {
+    **LLAMA,
+    "num_local_experts": 5,
+    "num_experts_per_tok": 2,
+    "experts_implementation": "eager",  # the others know no float64
+}
+
+MIXTRAL_KNOBS: dict[str, dict[str, Any]] = {
+    "two_of_five": {},
+    "one_of_five": {"num_experts_per_tok": 1},
+    "all_five": {"num_experts_per_tok": 5},
+    "one_of_one": {"num_local_experts": 1, "num_experts_per_tok": 1},
+    "sliding_window": {"sliding_window": 21},
+    "mqa": {"num_key_value_heads": 1},
+    "odd_sizes": {"hidden_size": 40, "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 55},
+    "gelu": {"hidden_act": "gelu"},
+}
+
 MPT: dict[str, Any] = {
     "vocab_size": VOCAB,
     "d_model": 64,
@@ -108,6 +136,12 @@ def make_mistral(folder: Path) -> Reference:
     return save(model, folder, torch.float32)
 
 
+def make_mixtral(folder: Path, dtype: torch.dtype = torch.float32, **knobs: Any) -> Reference:
+    model = MixtralForCausalLM(MixtralConfig(**{**MIXTRAL, **knobs}))
+    randomise(model, seed=4)
+    return save(model, folder, dtype)
+
+
 def make_mpt(folder: Path, *, bias: bool = False, **knobs: Any) -> Reference:
     model = MptForCausalLM(MptConfig(**{**MPT, **knobs, "no_bias": not bias}))
     if bias:  # transformers builds MPT without biases; the original code has them unless no_bias is set
@@ -127,6 +161,8 @@ CASES: dict[str, Callable[[Path], Reference]] = {
     "llama-bf16": lambda p: make_llama(p, torch.bfloat16),
     "llama-f16": lambda p: make_llama(p, torch.float16),
     "mistral-sliding_window": make_mistral,
+    **{f"mixtral-{name}": lambda p, k=knobs: make_mixtral(p, **k) for name, knobs in MIXTRAL_KNOBS.items()},
+    "mixtral-bf16": lambda p: make_mixtral(p, torch.bfloat16),
     **{f"mpt-{name}": lambda p, k=knobs: make_mpt(p, **k) for name, knobs in MPT_KNOBS.items()},
     "mpt-bias": lambda p: make_mpt(p, bias=True),
 }
@@ -180,9 +216,10 @@ def test_logits(device: str, name: str, tmp_path: Path) -> None:
     np.testing.assert_array_equal(ragged, np.concatenate([whole[-1:], alone, whole[20:50]]))
 
 
+@pytest.mark.parametrize("make", [make_llama, make_mixtral])
 @pytest.mark.parametrize("threads", [1, 3])
-def test_threads_do_not_matter(threads: int, tmp_path: Path) -> None:
-    make_llama(tmp_path)
+def test_threads_do_not_matter(threads: int, make: Callable[[Path], Reference], tmp_path: Path) -> None:
+    make(tmp_path)
     tokens = random_tokens(LENGTH, 1)
     runs = [run(tokens, 0, list(range(num_blocks(LENGTH))))]
     np.testing.assert_array_equal(
@@ -191,7 +228,7 @@ def test_threads_do_not_matter(threads: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 3, 16, LENGTH - 1])
-@pytest.mark.parametrize("name", ["llama-gqa", "mpt-bias"])
+@pytest.mark.parametrize("name", ["llama-gqa", "mixtral-two_of_five", "mixtral-all_five", "mpt-bias"])
 def test_rows_at_once_do_not_matter(name: str, rows: int, tmp_path: Path) -> None:
     """An MLP in pieces, the last of them smaller: gated and plain, with weights of floats and of bytes."""
     CASES[name](tmp_path)
@@ -218,3 +255,23 @@ def test_widening_at_load_changes_nothing(tmp_path: Path) -> None:
     np.testing.assert_array_equal(
         our_model(tmp_path, weight_format="F32").forward(runs), our_model(tmp_path).forward(runs)
     )
+
+
+def rounded(kind: str, parameter: torch.Tensor) -> torch.Tensor:
+    rows = parameter.detach().numpy().reshape(-1, parameter.shape[-1])
+    back = [_kernels_test.dequantize(kind, _kernels_test.quantize(kind, row), len(row)) for row in rows]
+    return torch.from_numpy(np.concatenate(back).reshape(parameter.shape))
+
+
+@pytest.mark.parametrize("asked", ["BF16", "INT8", "INT4"])
+def test_experts_rounded_at_load_but_not_their_router(asked: str, tmp_path: Path) -> None:
+    reference = make_mixtral(tmp_path)
+    tokens = random_tokens(LENGTH, 1)
+    ours = our_model(tmp_path, weight_format=asked).forward([run(tokens, 0, list(range(num_blocks(LENGTH))))])
+    for name, parameter in reference.model.named_parameters():
+        if parameter.dim() == 1 or name.endswith("mlp.gate.weight"):
+            continue
+        of_words = "embed" in name or "lm_head" in name
+        kind = asked if asked != "INT4" else "INT8" if of_words else "Q4_1"
+        parameter.data = rounded(kind, parameter)
+    assert_as_exact(ours, reference, tokens)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import LlamaConfig, MptConfig
+from transformers import LlamaConfig, MixtralConfig, MptConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.models.mpt.modeling_mpt import build_mpt_alibi_tensor
 
@@ -31,6 +31,7 @@ LLAMA: dict[str, Any] = {
     "max_position_embeddings": 4096,
 }
 MISTRAL = {**LLAMA, "architectures": ["MistralForCausalLM"], "num_key_value_heads": 2}
+MIXTRAL = {**MISTRAL, "architectures": ["MixtralForCausalLM"]}
 # mosaicml/mpt-7b's config.json, as far as it says anything about the model.
 MPT: dict[str, Any] = {
     "architectures": ["MPTForCausalLM"],
@@ -238,6 +239,32 @@ def test_mistral_has_a_window(change: dict[str, Any], window: int) -> None:
     assert from_config({**MISTRAL, **change}).spec.sliding_window == (window, window)
 
 
+def test_mixtral() -> None:
+    """With what MixtralConfig takes for what is absent."""
+    name, model = model_from_config(Fields(MIXTRAL, "config.json"))
+    theirs = MixtralConfig()
+    spec = model.spec
+    assert name == "MixtralForCausalLM"
+    assert (spec.num_experts, spec.num_experts_per_tok) == (theirs.num_local_experts, theirs.num_experts_per_tok)
+    assert (spec.norm_eps, spec.norm_topk_prob, spec.sliding_window) == (theirs.rms_norm_eps, True, (0, 0))
+    assert spec.rope_inv_freq == from_config({**LLAMA, "rope_theta": theirs.default_theta}).spec.rope_inv_freq
+    absent = {"max_position_embeddings", "num_key_value_heads"}
+    sparse = {key: value for key, value in MIXTRAL.items() if key not in absent}
+    changed = from_config({**sparse, "num_attention_heads": 8, "num_local_experts": 4, "num_experts_per_tok": 3})
+    assert (changed.spec.num_experts, changed.spec.num_experts_per_tok) == (4, 3)
+    assert changed.spec.num_key_value_heads == theirs.num_key_value_heads
+    assert changed.max_position == theirs.max_position_embeddings
+    assert from_config({**MIXTRAL, "sliding_window": 100}).spec.sliding_window == (100, 100)
+
+
+def test_a_llama_of_experts_in_gguf_is_a_mixtral() -> None:
+    metadata = {**GGUF, "llama.expert_count": 8, "llama.expert_used_count": 3}
+    name, model = model_from_gguf(Fields(metadata, "model.gguf"), Tensors())
+    assert (name, model.spec.num_experts, model.spec.num_experts_per_tok) == ("MixtralForCausalLM", 8, 3)
+    name, model = model_from_gguf(Fields({**GGUF, "llama.expert_count": 0}, "model.gguf"), Tensors())
+    assert (name, model.spec.num_experts, model.spec.num_experts_per_tok) == ("LlamaForCausalLM", 0, 0)
+
+
 def test_mpt_7b() -> None:
     model = from_config(MPT)
     assert (model.max_position, model.tied) == (2048, True)
@@ -333,6 +360,8 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "yarn theta": (LLAMA, {"rope_theta": 1, **rope(rope_type="yarn", factor=2)}, "expected more than 1 for yarn"),
     "partial": (LLAMA, {"partial_rotary_factor": 0.5}, "partial_rotary_factor: 0.5 is not supported"),
     "window": (MISTRAL, {"sliding_window": -5}, "sliding_window: expected a whole number from 0"),
+    "no experts": (MIXTRAL, {"num_local_experts": 0}, "num_local_experts: expected a whole number from 1"),
+    "more than all experts": (MIXTRAL, {"num_experts_per_tok": 9}, "num_experts_per_tok: .* from 1 to 8, found 9"),
     "alibi": (MPT, attn(alibi=False), "attn_config.alibi: false .learned positions. is not supported"),
     "prefix": (MPT, attn(prefix_lm=True), "attn_config.prefix_lm: True is not supported .only False"),
     "qk_ln": (MPT, attn(qk_ln=True), "attn_config.qk_ln"),
@@ -354,7 +383,14 @@ GGUF_REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "missing": ({"llama.block_count": None}, "model.gguf: llama.block_count: missing"),
     "per layer": ({"llama.attention.head_count": [4, 4]}, "llama.attention.head_count: expected a whole number"),
-    "experts": ({"llama.expert_count": 8}, "llama.expert_count: 8 is not supported"),
+    "experts": ({"llama.expert_count": 8}, "llama.expert_used_count: missing"),
+    "many experts": ({"llama.expert_count": 1 << 20}, "llama.expert_count: expected a whole number"),
+    "more than all experts": (
+        {"llama.expert_count": 8, "llama.expert_used_count": 9},
+        "llama.expert_used_count: expected a whole number from 1 to 8, found 9",
+    ),
+    "shared experts": ({"llama.expert_shared_count": 1}, "llama.expert_shared_count: 1 is not supported"),
+    "scaled experts": ({"llama.expert_weights_scale": 2.5}, "llama.expert_weights_scale: 2.5 is not supported"),
     "value length": ({"llama.attention.value_length": 32}, "llama.attention.value_length: 32 .* .only 64"),
     "clamp": ({"llama.attention.clamp_kqv": 8.0}, "llama.attention.clamp_kqv"),
     "logit scale": ({"llama.logit_scale": 0.1}, "llama.logit_scale"),
@@ -383,11 +419,14 @@ values = scalars | st.lists(scalars, max_size=3) | st.dictionaries(st.text(max_s
 rope_keys = ["rope_type", "factor", "low_freq_factor", "high_freq_factor", "beta_fast", "attention_factor", "mscale"]
 
 
-@pytest.mark.parametrize("base", [LLAMA, MISTRAL, MPT, GGUF], ids=["llama", "mistral", "mpt", "gguf"])
+@pytest.mark.parametrize(
+    "base", [LLAMA, MISTRAL, MIXTRAL, MPT, GGUF], ids=["llama", "mistral", "mixtral", "mpt", "gguf"]
+)
 @given(data=st.data())
 @settings(max_examples=300, deadline=None)
 def test_any_value_is_read_or_refused(base: dict[str, Any], data: st.DataObject) -> None:
     keys = [*base, "head_dim", "hidden_act", "rms_norm_eps", "sliding_window", "rope_theta", "attention_bias"]
+    keys += ["num_local_experts", "num_experts_per_tok", "llama.expert_count", "llama.expert_used_count"]
     keys += ["rope_scaling", "rope_parameters", "expansion_ratio", "layer_norm_epsilon", "llama.rope.scaling.factor"]
     changed = {**base, **data.draw(st.dictionaries(st.sampled_from(keys), values, max_size=3))}
     if data.draw(st.booleans()):

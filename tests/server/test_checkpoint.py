@@ -16,7 +16,16 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, MptConfig, MptForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    MptConfig,
+    MptForCausalLM,
+)
 
 from langchain_vllm_server.checkpoint import load_checkpoint
 from langchain_vllm_server.errors import CheckpointError
@@ -109,6 +118,26 @@ def test_a_mistral_saved_by_transformers(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)  # type: ignore[operator]
     assert_roles(tmp_path, model, llama_roles())
     assert load_checkpoint(tmp_path).spec.sliding_window == (7, 7)
+
+
+def test_a_mixtral_saved_by_transformers(tmp_path: Path) -> None:
+    """Whose model has the experts' matrices in one tensor, and whose files have each by itself."""
+    config = MixtralConfig(**SIZES, num_key_value_heads=2, num_local_experts=3, num_experts_per_tok=2, sliding_window=7)
+    model = randomised(MixtralForCausalLM(config))
+    model.save_pretrained(tmp_path)  # type: ignore[operator]
+    checkpoint, state = load_checkpoint(tmp_path), model.state_dict()
+    spec = checkpoint.spec
+    assert (checkpoint.architecture, spec.num_experts, spec.num_experts_per_tok) == ("MixtralForCausalLM", 3, 2)
+    assert spec.sliding_window == (7, 7)
+    for i in range(2):
+        for role, name in (
+            ("router", "gate.weight"),
+            ("mlp_in", "experts.gate_up_proj"),
+            ("mlp_out", "experts.down_proj"),
+        ):
+            theirs = state[f"model.layers.{i}.mlp.{name}"].numpy()
+            ours = [stored_numbers(tensor) for tensor in checkpoint.tensors[f"layers.{i}.{role}"]]
+            np.testing.assert_array_equal(np.concatenate(ours), theirs.reshape(-1, theirs.shape[-1]))
 
 
 MPT_ROLES = {
@@ -281,8 +310,8 @@ def test_the_tokenizer_is_read_when_it_is_needed(llama_folder: Path) -> None:
         _ = checkpoint.tokenizer
 
 
-def write_gguf(file: Path, *, tied: bool = False, bias: bool = False, freqs: bool = False) -> None:
-    """A tiny Llama as llama.cpp's converter lays it out, with a SentencePiece tokenizer."""
+def write_gguf(file: Path, *, tied: bool = False, bias: bool = False, freqs: bool = False, experts: int = 0) -> None:
+    """A tiny Llama, or Mixtral, as llama.cpp's converter lays it out, with a SentencePiece tokenizer."""
     tokens, scores, types_ = spm_vocabulary()
     writer = gguf_package.GGUFWriter(file, "llama")
     writer.add_block_count(1)
@@ -301,10 +330,25 @@ def write_gguf(file: Path, *, tied: bool = False, bias: bool = False, freqs: boo
     writer.add_eos_token_id(2)
     writer.add_eot_token_id(5)
     writer.add_unk_token_id(0)
-    shapes = {"token_embd": (len(tokens), 32), "output_norm": (32,), "blk.0.attn_norm": (32,), "blk.0.ffn_norm": (32,)}
+    shapes: dict[str, tuple[int, ...]] = {
+        "token_embd": (len(tokens), 32),
+        "output_norm": (32,),
+        "blk.0.attn_norm": (32,),
+        "blk.0.ffn_norm": (32,),
+    }
     shapes |= {"blk.0.attn_q": (32, 32), "blk.0.attn_k": (16, 32), "blk.0.attn_v": (16, 32)}
-    shapes |= {"blk.0.attn_output": (32, 32), "blk.0.ffn_gate": (64, 32), "blk.0.ffn_up": (64, 32)}
-    shapes |= {"blk.0.ffn_down": (32, 64)} | ({} if tied else {"output": (len(tokens), 32)})
+    shapes |= {"blk.0.attn_output": (32, 32)} | ({} if tied else {"output": (len(tokens), 32)})
+    mlp: dict[str, tuple[int, ...]] = {
+        "blk.0.ffn_gate": (64, 32),
+        "blk.0.ffn_up": (64, 32),
+        "blk.0.ffn_down": (32, 64),
+    }
+    if experts:
+        writer.add_expert_count(experts)
+        writer.add_expert_used_count(2)
+        mlp = {f"{name}_exps": (experts, *shape) for name, shape in mlp.items()}
+        mlp["blk.0.ffn_gate_inp"] = (experts, 32)
+    shapes |= mlp
     generator = np.random.default_rng(0)
     for name, shape in shapes.items():
         writer.add_tensor(f"{name}.weight", generator.standard_normal(shape).astype(np.float32))
@@ -340,6 +384,39 @@ def test_a_gguf_file(tied: bool, bias: bool, tmp_path: Path) -> None:
     assert (checkpoint.max_position, checkpoint.dtype, checkpoint.chat_template) == (32, "F32", "T")
     assert checkpoint.eos_token_ids == [2, 5]
     assert checkpoint.tokenizer.decode(checkpoint.tokenizer.encode("Hello world")) == "Hello world"
+
+
+def test_a_gguf_file_with_experts(tmp_path: Path) -> None:
+    file = tmp_path / "tiny.gguf"
+    write_gguf(file, experts=3)
+    checkpoint = load_checkpoint(file)
+    spec = checkpoint.spec
+    assert (checkpoint.architecture, spec.num_experts, spec.num_experts_per_tok) == ("MixtralForCausalLM", 3, 2)
+    reader = {t.name: t.data for t in gguf_package.GGUFReader(file).tensors}
+    parts = {
+        "mlp_in": [f"blk.0.ffn_{part}_exps.weight[{e}]" for e in range(3) for part in ("gate", "up")],
+        "mlp_out": [f"blk.0.ffn_down_exps.weight[{e}]" for e in range(3)],
+    }
+    for role, names in parts.items():
+        tensors = checkpoint.tensors[f"layers.0.{role}"]
+        assert [t.name for t in tensors] == names
+        for tensor in tensors:
+            whole, _, expert = tensor.name.removesuffix("]").partition("[")
+            np.testing.assert_array_equal(stored_numbers(tensor), reader[whole][int(expert)])
+    assert [t.name for t in checkpoint.tensors["layers.0.router"]] == ["blk.0.ffn_gate_inp.weight"]
+
+
+def test_another_number_of_experts_than_the_settings_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "tiny.gguf"
+    write_gguf(file, experts=3)
+    key = b"llama.expert_count" + struct.pack("<I", 4)
+    raw = file.read_bytes()
+    assert raw.count(key + struct.pack("<I", 3)) == 1
+    file.write_bytes(raw.replace(key + struct.pack("<I", 3), key + struct.pack("<I", 4)))
+    with pytest.raises(
+        CheckpointError, match=r"tensor 'blk.0.ffn_.*exps.weight': the settings ask for 4 experts, found"
+    ):
+        load_checkpoint(file)
 
 
 def test_smollm2() -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from langchain_vllm_server.architectures import llama, mpt
+from langchain_vllm_server.architectures import llama, mixtral, mpt
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -20,13 +20,14 @@ if TYPE_CHECKING:
 HF_ARCHITECTURES: dict[str, Callable[[Fields], Model]] = {
     "LlamaForCausalLM": llama.from_config,
     "MistralForCausalLM": llama.mistral_from_config,
+    "MixtralForCausalLM": mixtral.from_config,
     "MPTForCausalLM": mpt.from_config,
     "MptForCausalLM": mpt.from_config,
 }
 
-# GGUF's general.architecture → the same architecture's name, and the reading.
-GGUF_ARCHITECTURES: dict[str, tuple[str, Callable[[Fields, TensorNames], Model]]] = {
-    "llama": ("LlamaForCausalLM", llama.from_gguf),
+# GGUF's general.architecture → its reading, with the name among those above.
+GGUF_ARCHITECTURES: dict[str, Callable[[Fields, TensorNames], tuple[str, Model]]] = {
+    "llama": mixtral.from_gguf,
 }
 
 
@@ -58,8 +59,7 @@ def model_from_gguf(metadata: Fields, tensors: TensorNames) -> tuple[str, Model]
     architecture = metadata.text("general.architecture")
     if architecture not in GGUF_ARCHITECTURES:
         raise _unsupported(metadata, "general.architecture", architecture, list(GGUF_ARCHITECTURES))
-    name, read = GGUF_ARCHITECTURES[architecture]
-    return name, read(metadata, tensors)
+    return GGUF_ARCHITECTURES[architecture](metadata, tensors)
 
 
 def _unsupported(fields: Fields, name: str, found: str, supported: list[str]) -> CheckpointError:

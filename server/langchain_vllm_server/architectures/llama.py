@@ -13,7 +13,7 @@ from langchain_vllm_server.rope import Rope, compute_rope, f32
 if TYPE_CHECKING:
     from langchain_vllm_server.model_spec import TensorNames
 
-_HF_ROLES = {
+HF_ROLES = {
     "embed": ["model.embed_tokens.weight"],
     "final_norm": ["model.norm.weight"],
     "lm_head": ["lm_head.weight"],
@@ -29,7 +29,7 @@ _HF_ROLES = {
     "layers.{i}.mlp_out": ["model.layers.{i}.mlp.down_proj.weight"],
 }
 
-_GGUF_ROLES = {
+GGUF_ROLES = {
     "embed": ["token_embd.weight"],
     "final_norm": ["output_norm.weight"],
     "lm_head": ["output.weight"],
@@ -96,7 +96,7 @@ def from_config(config: Fields) -> Model:
     # transformers ties nothing that the checkpoint holds twice, so an lm_head that is there counts either way.
     tied = config.flag("tie_word_embeddings", default=False)
     unused = (r".*\.rotary_emb\.inv_freq",)  # older transformers stored them: always the unscaled ones
-    return Model(spec, max_position, _HF_ROLES, tied, _config_biases(config), unused)
+    return Model(spec, max_position, HF_ROLES, tied, _config_biases(config), unused)
 
 
 def mistral_from_config(config: Fields) -> Model:
@@ -110,7 +110,7 @@ def mistral_from_config(config: Fields) -> Model:
 
 def from_gguf(metadata: Fields, tensors: TensorNames) -> Model:
     """GGUF's `llama`, which covers Mistral too. Its q and k rows are ordered for rotating neighbouring pairs."""
-    settings = _llama_section(metadata)
+    settings = llama_section(metadata)
     heads = settings.count("attention.head_count", maximum=MAX_HEADS)
     head_dim = _head_dim(settings, "attention.key_length", settings.count("embedding_length"), heads)
     settings.refuse("attention.value_length", head_dim)
@@ -135,13 +135,13 @@ def from_gguf(metadata: Fields, tensors: TensorNames) -> Model:
         rope_attention_factor=attention_factor,
         sliding_window=(settings.count("attention.sliding_window", 0, minimum=0),) * layers,
     )
-    return Model(spec, max_position, _GGUF_ROLES, tied=True, unused=(r"rope_freqs\.weight",))
+    return Model(spec, max_position, GGUF_ROLES, tied=True, unused=(r"rope_freqs\.weight",))
 
 
 def _config_biases(config: Fields) -> dict[str, bool]:
     attention, mlp = config.flag("attention_bias", default=False), config.flag("mlp_bias", default=False)
     return {
-        **dict.fromkeys(_HF_ROLES, False),
+        **dict.fromkeys(HF_ROLES, False),
         **dict.fromkeys(("layers.{i}.qkv", "layers.{i}.attn_out"), attention),
         **dict.fromkeys(("layers.{i}.mlp_in", "layers.{i}.mlp_out"), mlp),
     }
@@ -161,15 +161,16 @@ def _config_rope(config: Fields, head_dim: int, max_position: int) -> Rope:
     return compute_rope(rope, head_dim, max_position)
 
 
-def _llama_section(metadata: Fields) -> Fields:
+def llama_section(metadata: Fields) -> Fields:
+    """GGUF's settings of a `llama`, without their prefix."""
     prefix = "llama."
     values = {k.removeprefix(prefix): v for k, v in metadata.values.items() if k.startswith(prefix)}
     settings = Fields(values, metadata.source, prefix)
-    settings.refuse("expert_count", 0)
     settings.refuse("attention.clamp_kqv", 0)
     settings.refuse("rope.scaling.yarn_ext_factor", 1, -1)
     settings.refuse("rope.scaling.yarn_log_multiplier", 0)
-    for scale in ("attention.scale", "logit_scale", "embedding_scale", "residual_scale"):
+    settings.refuse("expert_shared_count", 0)
+    for scale in ("attention.scale", "logit_scale", "embedding_scale", "residual_scale", "expert_weights_scale"):
         settings.refuse(scale, 0, 1)
     return settings
 
