@@ -197,6 +197,20 @@ def test_large_vocabulary(device: str) -> None:
             assert sample(logits, params, [0], 1, device)[0] in allowed
 
 
+def test_a_crowd_of_unlikely_tokens_is_drawn() -> None:
+    """Each weighs 2^-31, all together 2^-14. An integer of 2^-42 is less than 2^-11 of such a weight off."""
+    logits = np.full(2**17, -21.5, np.float32)
+    logits[0] = 0
+    weight = math.exp(-21.5)
+    total = 1 + weight * (len(logits) - 1)
+    position = next(p for p in range(10**6) if _kernels_test.random_uniform(7, p) > 1 - weight * 2**16)
+    request = ({"seed": 7}, [0], 1, position)
+    token, other = (ON[device].sample(logits[None].copy(), [request])[0][0] for device in (ISAS[0], "cuda"))
+    assert token == other
+    expected = (_kernels_test.random_uniform(7, position) * total - 1) / weight
+    assert abs(token - expected) <= len(logits) * (2**-11 + SLACK)
+
+
 def bound(logits: F32, values: F32) -> F32:
     """How far log-probabilities may be apart whose n weights were added up in different orders.
 
@@ -279,6 +293,25 @@ def test_top_p_keeps_the_token_that_crosses(device: str) -> None:
     for top_p, kept in ((0.4, {0}), (0.55, {0, 1}), (0.79, {0, 1}), (0.85, {0, 1, 2})):
         params = {"temperature": 1.0, "top_p": top_p}
         assert {sample(logits, params | {"seed": s}, [0], 1, device)[0] for s in range(100)} == kept
+
+
+def test_top_p_keeps_the_first_of_equals(device: str) -> None:
+    logits = np.log(f32([0.2, 0.2, 0.2, 0.4]))
+    requests = [({"top_p": 0.7, "seed": seed}, [0], 1, 1) for seed in range(60)]
+    assert {token for token, _ in ON[device].sample(np.tile(logits, (60, 1)), requests)} == {0, 1, 3}
+
+
+def test_rules_of_a_row_are_its_own(device: str) -> None:
+    """The last token that those of one touch is the first that those of the next do; each names tokens of its own."""
+    params: list[dict[str, Any]] = [
+        {"logit_bias": [(3, 1.0), (5, 2.0)], "logprob_token_ids": [1, 2]},
+        {"logit_bias": [(5, 1.0), (6, 0.5)], "logprob_token_ids": [4]},
+    ]
+    requests = [({"temperature": 0.0, "num_logprobs": 1} | more, [0], 1, 1) for more in params]
+    logits = np.arange(16, dtype=np.float32).reshape(2, 8) / 64
+    rows = ON[device].sample(logits.copy(), requests)
+    assert [(token, [t for t, _, _ in logprobs]) for token, logprobs in rows] == [(5, [5, 5, 1, 2]), (5, [5, 5, 4])]
+    assert rows == [ON[device].sample(logits[i : i + 1].copy(), [requests[i]])[0] for i in range(2)]
 
 
 def test_penalties(device: str) -> None:
