@@ -77,7 +77,7 @@ def build_tokenizer(metadata: Fields) -> tuple[tokenizers.Tokenizer, dict[str, s
     if kind not in _KINDS:
         raise metadata.error("tokenizer.ggml.model", f"{kind!r} is not supported; supported: {', '.join(_KINDS)}")
     tokens = _strings(metadata, "tokenizer.ggml.tokens")
-    vocab = {token: i for i, token in enumerate(tokens)}
+    vocab = dict(zip(tokens, range(len(tokens)), strict=True))
     if len(vocab) != len(tokens):
         again = next(token for i, token in enumerate(tokens) if vocab[token] != i)
         raise metadata.error("tokenizer.ggml.tokens", f"{again!r} is there more than once")
@@ -181,13 +181,13 @@ def _end(metadata: Fields, special: dict[str, str], name: str, add: bool) -> str
 
 def _strings(metadata: Fields, key: str) -> list[str]:
     values = metadata.get(key)
-    if not isinstance(values, list) or not values or not all(type(v) is str for v in values):
+    if not isinstance(values, list) or {*map(type, values)} != {str}:
         raise metadata.error(key, "expected a list of strings")
     return values
 
 
 def _numbers(metadata: Fields, key: str, length: int, default: list[int] | None) -> Any:
     values = metadata.get(key) if default is None else metadata.get(key, default)
-    if not isinstance(values, list) or len(values) != length or not all(type(v) in (int, float) for v in values):
+    if not isinstance(values, list) or len(values) != length or not {*map(type, values)} <= {int, float}:
         raise metadata.error(key, f"expected a list of {length} numbers, one for each token")
     return values
