@@ -392,6 +392,28 @@ def test_a_config_that_contradicts_the_tensors_names_one(model: Path, name: str,
         _engine.Engine(config, tensors, options, _engine.Loading())
 
 
+def test_experts_that_contradict_the_config_are_refused(tmp_path: Path) -> None:
+    make_mixtral(tmp_path)
+    options = _engine.EngineOptions()
+    options.max_position = 128
+    config, tensors = to_engine(load_checkpoint(tmp_path))
+    first = tensors["layers.1.mlp_out"][0]
+    whole = _engine.TensorInfo("of all", first.format, [5 * 64, 96], first.file, first.offset)
+    for changed, named in [
+        (
+            {"layers.1.mlp_out": [whole]},
+            r"tensor of all has shape \(320, 96\), expected a part of one expert's 64 rows",
+        ),
+        (
+            {"layers.1.mlp_in": tensors["layers.1.mlp_in"][:-1]},
+            r"experts\.4\.w1.* has shape \(864, 64\), expected \(960, 64\)",
+        ),
+        ({"layers.1.router": [first]}, r"w2\.weight has shape \(64, 96\), expected 64 columns"),
+    ]:
+        with pytest.raises(ValueError, match=named):
+            _engine.Engine(config, {**tensors, **changed}, options, _engine.Loading())
+
+
 def test_a_file_cut_since_its_header_was_read(tmp_path: Path) -> None:
     make_llama(tmp_path)
     config, tensors = to_engine(load_checkpoint(tmp_path))

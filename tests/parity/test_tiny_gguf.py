@@ -172,6 +172,12 @@ def test_logits_of_experts(name: str, tmp_path: Path) -> None:
         np.testing.assert_array_equal(np.concatenate(chunks), whole)
 
 
+def test_a_quantised_router_is_refused(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "tiny.gguf", {"ffn_gate_inp": "Q8_0"}, "Q8_0", experts=5)
+    with pytest.raises(ValueError, match=r"tensor blk\.0\.ffn_gate_inp\.weight is Q8_0, expected F32, F16 or BF16"):
+        our_model(tmp_path / "tiny.gguf")
+
+
 def test_devices_differ_less_than_rounded_activations(tmp_path: Path) -> None:
     """In integers both devices round activations to bytes; where their f32 sums differ, a byte may be another."""
     path = tmp_path / "tiny.gguf"
