@@ -43,19 +43,6 @@ inline Int8Head int8_head(const AttentionTile& tile, int key) {
   return {tile.cache + block * tile.block_stride, tile.head_dim};
 }
 
-// x[i ^ Bit] ± x[i]: one stage of the fast Walsh-Hadamard transform within a vector.
-template <int Bit>
-inline F32x16 butterfly(F32x16 x) {
-  alignas(64) static constexpr auto signs = [] {
-    struct {
-      float lanes[16];
-    } s{};
-    for (int i = 0; i < 16; ++i) s.lanes[i] = i & Bit ? -1.0f : 1.0f;
-    return s;
-  }();
-  return fma(x, load(signs.lanes), xor_lanes<Bit>(x));
-}
-
 // Vectors that are transformed together: the largest power of two that divides their number.
 inline int rotated_vectors(int head_dim) {
   const int vectors = head_dim / 16;

@@ -56,11 +56,12 @@ LinearTask panels_of(const PackedWeight& weight, const Segment& segment, int64_t
   return task;
 }
 
-// What is multiplied, in both forms, and what comes out.
+// What is multiplied, in each form that a segment takes, and what comes out.
 struct Operands {
-  const float* x;                  // (rows, cols)
-  const QuantisedTile* quantised;  // (row tiles of the parts, cols / 32); null where no weight takes it
-  float* y;                        // (rows, y_stride)
+  const float* x;               // (rows, cols)
+  const QuantisedTile* groups;  // (row tiles of the parts, cols / 32)
+  const RowTile* rows;          // (row tiles of the parts, RowTile::units(cols))
+  float* y;                     // (rows, y_stride)
   int64_t y_stride;
 };
 
@@ -74,8 +75,10 @@ void multiply(const Kernels& kernels, const PackedWeight& weight, const Part& pa
     const int64_t begin = std::max<int64_t>(first - s->first_panel, 0);
     LinearTask task = panels_of(weight, *s, begin, std::min(last - s->first_panel, s->num_panels));
     task.x = o.x + (part.first_row + row) * weight.cols;
-    if (s->arithmetic == Arithmetic::INT8)
-      task.quantised = o.quantised + (part.first_tile + first_tile) * (weight.cols / 32);
+    const int64_t tile = part.first_tile + first_tile;
+    const Activations form = s->activations();
+    if (form == Activations::GROUPS) task.quantised = o.groups + tile * (weight.cols / 32);
+    if (form == Activations::ROWS) task.by_row = o.rows + tile * RowTile::units(weight.cols);
     task.y = o.y + (part.first_row + row) * o.y_stride + s->first_row - part.first_channel + begin * kLanes;
     task.y_stride = o.y_stride;
     task.num_rows = static_cast<int>(end_row - row);
@@ -88,30 +91,42 @@ const Part& part_with(std::span<const Part> parts, int64_t Part::* first, int64_
   return *(std::ranges::upper_bound(parts, index, {}, first) - 1);
 }
 
-// Each part's rows in tiles of their own. Null where every segment is multiplied exactly.
-const QuantisedTile* quantise(const Kernels& kernels, ThreadPool& pool, const PackedWeight& weight,
-                              std::span<Part> parts, const float* x, QuantisedRows& out) {
-  if (!weight.takes_int8()) return nullptr;
+template <class T>
+void grow(std::vector<T>& to, int64_t size) {
+  if (static_cast<int64_t>(to.size()) < size) to.resize(static_cast<size_t>(size));
+}
+
+// Each part's rows in tiles of their own, in the forms that the weight takes.
+void quantise(const Kernels& kernels, ThreadPool& pool, const PackedWeight& weight, std::span<Part> parts,
+              const float* x, QuantisedRows& out) {
+  const bool groups = weight.takes(Activations::GROUPS), rows = weight.takes(Activations::ROWS);
+  if (!groups && !rows) return;
   int64_t tiles = 0;
   for (Part& part : parts) {
     part.first_tile = tiles;
     tiles += part.num_tiles();
   }
-  const int64_t groups = weight.cols / 32;
-  if (out.size() < static_cast<size_t>(tiles * groups)) out.resize(static_cast<size_t>(tiles * groups));
-  pool.run(static_cast<int>(tiles), [&](int tile, int) {
+  const int64_t cols = weight.cols, num_groups = cols / 32, units = RowTile::units(cols);
+  if (groups) grow(out.groups, tiles * num_groups);
+  if (rows) grow(out.rows, tiles * units);
+  if (rows) grow(out.rotated, pool.size() * cols);
+  pool.run(static_cast<int>(tiles), [&](int tile, int worker) {
     const Part& part = part_with(parts, &Part::first_tile, tile);
     const int row = static_cast<int>(tile - part.first_tile) * kRowTile;
-    kernels.linear->quantise(x + (part.first_row + row) * weight.cols, weight.cols,
-                             std::min(kRowTile, part.num_rows - row), out.data() + tile * groups);
+    const int num_rows = std::min(kRowTile, part.num_rows - row);
+    const float* from = x + (part.first_row + row) * cols;
+    if (groups) kernels.linear->quantise(from, cols, num_rows, out.groups.data() + tile * num_groups);
+    if (rows)
+      kernels.linear->quantise_rows(from, cols, num_rows, out.rotated.data() + worker * cols,
+                                    out.rows.data() + tile * units);
   });
-  return out.data();
 }
 
 // y (rows, channels of a part) = x · wᵀ + bias, part by part, in one run of the pool.
 void multiply(const Kernels& kernels, ThreadPool& pool, const PackedWeight& weight, std::span<Part> parts,
               const float* x, float* y, int64_t y_stride, QuantisedRows& scratch) {
-  const Operands operands{x, quantise(kernels, pool, weight, parts, x, scratch), y, y_stride};
+  quantise(kernels, pool, weight, parts, x, scratch);
+  const Operands operands{x, scratch.groups.data(), scratch.rows.data(), y, y_stride};
   int64_t tasks = 0;
   for (Part& part : parts) {
     part.cut(weight.cols, pool.size());

@@ -3,8 +3,8 @@
 // Exactly: expanded to the numbers of dequantize_row() while they are multiplied; every output is one chain
 // of multiply-adds over the columns in order, starting at the bias. Or in integers, for quantised weights:
 // activations become bytes, 32 columns sharing a scale, and every output is a chain over those groups in
-// order. Either way it depends neither on the number of rows or threads, nor on whether AVX2 or AVX-512 runs
-// it.
+// order; for INT8, whose channels have one scale each, so have the rows of activations (linear_rows.inl).
+// Either way it depends neither on the number of rows or threads, nor on whether AVX2 or AVX-512 runs it.
 #pragma once
 
 #include <cstddef>
@@ -33,9 +33,28 @@ struct alignas(64) QuantisedTile {
 };
 static_assert(sizeof(QuantisedTile) == 832);
 
-// Where linear() and linear_experts() put quantised activations, (row tiles, cols / 32); it grows to the
-// largest need.
-using QuantisedRows = std::vector<QuantisedTile>;
+// kRowTile rows of activations, rotated, each x ≈ scale · q: what INT8 weights are multiplied with. Their
+// bytes stand behind it, (cols / 64 rounded up, kRowTile, 64), columns beyond the last being zeros.
+struct alignas(64) RowTile {
+  static constexpr int kCols = 64;  // that lie together
+
+  float scale[kRowTile];
+  int32_t start[kRowTile];  // -128 Σq: where a sum of q · (w + 128) starts that is to end as that of q · w
+
+  static constexpr int64_t at(int64_t col) { return col / kCols * (kRowTile * kCols) + col % kCols; }
+  int8_t* q(int row, int64_t col) { return reinterpret_cast<int8_t*>(this + 1) + kCols * row + at(col); }
+  const int8_t* q(int row, int64_t col) const { return const_cast<RowTile*>(this)->q(row, col); }
+  // How many RowTiles have room for one with its bytes.
+  static constexpr int64_t units(int64_t cols) { return 1 + (cols + kCols - 1) / kCols * 8; }
+};
+static_assert(8 * sizeof(RowTile) == kRowTile * RowTile::kCols);
+
+// Where linear() and linear_experts() put quantised activations; it grows to the largest need.
+struct QuantisedRows {
+  std::vector<QuantisedTile> groups;  // (row tiles, cols / 32)
+  std::vector<RowTile> rows;          // (row tiles, RowTile::units(cols))
+  std::vector<float> rotated;         // (threads, cols)
+};
 
 // One thread's share: a run of panels times a run of rows.
 struct LinearTask {
@@ -47,7 +66,8 @@ struct LinearTask {
   int64_t cols;
   const float* bias;               // (num_channels) or null
   const float* x;                  // (num_rows, cols)
-  const QuantisedTile* quantised;  // x as (row tiles, cols / 32), or null: multiply exactly
+  const QuantisedTile* quantised;  // x as (row tiles, cols / 32), or null
+  const RowTile* by_row;           // x as (row tiles, RowTile::units(cols)), or null; both null: exactly
   int num_rows;
   float* y;  // (num_rows, num_channels), rows y_stride apart
   int64_t y_stride;
@@ -60,6 +80,8 @@ struct LinearKernels {
   void (*expand)(Format format, const std::byte* panel, int64_t begin, int64_t end, float* out);
   // x (rows, cols) to out (cols / 32); at most kRowTile rows, cols a multiple of 32.
   void (*quantise)(const float* x, int64_t cols, int rows, QuantisedTile* out);
+  // The same with a scale for each row; rotated (cols) is scratch.
+  void (*quantise_rows)(const float* x, int64_t cols, int rows, float* rotated, RowTile* out);
 };
 
 // The sources stacked by rows, each in its own format. They agree in `cols`; `bias` has one number per row or

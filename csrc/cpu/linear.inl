@@ -4,6 +4,7 @@
 
 #include "cpu/linear.h"
 #include "cpu/linear_int8.inl"
+#include "cpu/linear_rows.inl"
 #include "cpu/panel.inl"
 
 namespace engine {
@@ -38,6 +39,22 @@ void expand_quantised(const std::byte* panel, int64_t begin, int64_t end, float*
   }
 }
 
+// Rotates `count` columns of a panel, a power of two of them: back to what they were when they were packed.
+inline void rotate_columns(float* columns, int count) {
+  for (int h = 1; h < count; h *= 2) {
+    for (int i = 0; i < count; ++i) {
+      if (i & h) continue;
+      const F32x16 a = load(columns + 16 * i), b = load(columns + 16 * (i + h));
+      store(columns + 16 * i, a + b);
+      store(columns + 16 * (i + h), a - b);
+    }
+  }
+}
+void expand_int8(const std::byte* panel, int64_t begin, int64_t end, float* out) {
+  expand_quantised<BlockInt8>(panel, begin, end, out);
+  for (int64_t k = begin; k < end; k += 64, out += 16 * 64) rotate_columns(out, end - k < 64 ? 32 : 64);
+}
+
 // How a plain float format is read, sixteen channels of a column at a time.
 struct ReadF32 {
   using Number = float;
@@ -66,6 +83,8 @@ void expand(Format format, const std::byte* panel, int64_t begin, int64_t end, f
       return expand_plain<ReadF16>(panel, begin, end, out);
     case Format::BF16:
       return expand_plain<ReadBF16>(panel, begin, end, out);
+    case Format::INT8:
+      return expand_int8(panel, begin, end, out);
     default:
       visit_block(format, [=]<class Block>(Block) { expand_quantised<Block>(panel, begin, end, out); });
   }
@@ -130,7 +149,7 @@ constexpr int kTileRows = kTileSums < kMaxRows ? kTileSums : kMaxRows;
 
 // All panels of a task for up to kTileRows rows, as many panels at a time as the registers hold.
 template <class Read>
-void multiply_rows(Tile tile, int rows, int num_panels) {
+void multiply_row_tile(Tile tile, int rows, int num_panels) {
   for (int p = 0; p < num_panels;) {
     const int panels = min_int(num_panels - p, kTileSums / rows);
     kTiles<Read>[panels - 1][rows - 1](tile);
@@ -145,7 +164,7 @@ template <class Read>
 void multiply_chunk(const LinearTask& t, const void* w, int64_t w_stride, int64_t begin, int64_t end) {
   Tile tile{w, w_stride, t.x + begin, t.cols, t.y, t.y_stride, t.num_channels, static_cast<int>(end - begin)};
   for (int row = 0; row < t.num_rows; row += kTileRows) {
-    multiply_rows<Read>(tile, min_int(kTileRows, t.num_rows - row), t.num_panels);
+    multiply_row_tile<Read>(tile, min_int(kTileRows, t.num_rows - row), t.num_panels);
     tile.x += kTileRows * t.cols;
     tile.y += kTileRows * t.y_stride;
   }
@@ -205,15 +224,21 @@ void prefetch_start(const LinearTask& t, int at_once) {
 }
 
 void multiply(const LinearTask& t) {
-  const int at_once = t.quantised ? (t.num_rows == 1 ? 1 : kInt8Panels) : kMaxPanels;
-  if (t.quantised) prefetch_start(t, at_once);
+  const bool in_integers = t.quantised || t.by_row;
+  const int at_once = in_integers ? (t.num_rows == 1 ? 1 : kInt8Panels) : kMaxPanels;
+  if (in_integers) prefetch_start(t, at_once);
   for (int p = 0; p < t.num_panels; p += at_once) {
     const LinearTask part = panels_of(t, p, at_once);
-    t.quantised ? multiply_int8(part) : multiply_exactly(part);
+    if (t.by_row)
+      multiply_rows(part);
+    else if (t.quantised)
+      multiply_int8(part);
+    else
+      multiply_exactly(part);
   }
 }
 
-constexpr LinearKernels kLinear = {multiply, expand, quantise};
+constexpr LinearKernels kLinear = {multiply, expand, quantise, quantise_rows};
 
 }  // namespace
 }  // namespace engine

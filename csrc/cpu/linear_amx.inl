@@ -221,6 +221,14 @@ void multiply_tiled(const LinearTask& t) {
   __asm__ volatile("tilerelease");  // or the system would save them whenever another thread runs
 }
 
+}  // namespace
+}  // namespace engine
+
+#include "cpu/linear_rows_amx.inl"
+
+namespace engine {
+namespace {
+
 // Rows [first, first + count) of a task's, first a multiple of kRowTile.
 LinearTask rows_of(LinearTask t, int first, int count) {
   t.x += first * t.cols;
@@ -231,6 +239,7 @@ LinearTask rows_of(LinearTask t, int first, int count) {
 }
 
 void multiply_amx(const LinearTask& t) {
+  if (t.by_row && t.num_rows >= kMinRowsForTiles) return multiply_rows_amx(t);
   if (t.quantised == nullptr || t.num_rows < kMinRows) return multiply(t);
   const int rest = t.num_rows % kRowTile < kMinTileRows ? t.num_rows % kRowTile : 0;
   const LinearTask tiled = rows_of(t, 0, t.num_rows - rest);
@@ -239,7 +248,7 @@ void multiply_amx(const LinearTask& t) {
   if (rest > 0) multiply(rows_of(t, t.num_rows - rest, rest));
 }
 
-constexpr LinearKernels kLinearAmx = {multiply_amx, expand, quantise};
+constexpr LinearKernels kLinearAmx = {multiply_amx, expand, quantise, quantise_rows};
 
 }  // namespace
 }  // namespace engine

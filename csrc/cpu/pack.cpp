@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <bit>
 #include <cstring>
+#include <span>
 
 #include "base/check.h"
 #include "cpu/linear.h"
@@ -128,6 +129,22 @@ void pack_channel(Format format, const std::byte* row, int64_t begin, int64_t en
   }
 }
 
+// Rotates as linear_rows.inl does, and divides by the size of the rotation.
+void rotate(std::span<float> row) {
+  for (size_t begin = 0; begin < row.size(); begin += RowTile::kCols) {
+    const std::span<float> x = row.subspan(begin, std::min<size_t>(RowTile::kCols, row.size() - begin));
+    for (size_t h = 1; h < x.size(); h *= 2) {
+      for (size_t i = 0; i < x.size(); ++i) {
+        if (i & h) continue;
+        const float a = x[i], b = x[i + h];
+        x[i] = a + b;
+        x[i + h] = a - b;
+      }
+    }
+    for (float& number : x) number /= static_cast<float>(x.size());
+  }
+}
+
 // Rows [first, first + count) in the source's target format: a view of itself, or what `storage` then holds.
 Tensor converted(const Tensor& source, int64_t first, int64_t count, std::vector<std::byte>& storage) {
   const size_t from = row_bytes(source.format, source.cols), to = row_bytes(source.target, source.cols);
@@ -137,6 +154,7 @@ Tensor converted(const Tensor& source, int64_t first, int64_t count, std::vector
   std::vector<float> row(static_cast<size_t>(source.cols));
   for (size_t r = 0; r < static_cast<size_t>(count); ++r) {
     dequantize_row(source.format, rows + r * from, row.data(), source.cols);
+    if (source.target == Format::INT8) rotate(row);
     quantize_row(source.target, row.data(), storage.data() + r * to, source.cols);
   }
   return {source.name, source.target, count, source.cols, storage.data()};
@@ -175,8 +193,9 @@ Segment next_segment(const PackedWeight& weight, const Tensor& source, Arithmeti
 size_t panel_bytes(Format format, int64_t cols) {
   size_t bytes = kLanes * row_bytes(format, cols);
   visit_block(format, [&]<class Block>(Block) {
-    bytes =
-        kHeaderBytes<Block> + static_cast<size_t>(cols / BlockLayout<Block>::kCols) * sizeof(Panel<Block>);
+    int64_t blocks = cols / BlockLayout<Block>::kCols;
+    if (format == Format::INT8) blocks += blocks % 2;  // a tile of AMX reads 64 columns, its activations 0
+    bytes = kHeaderBytes<Block> + static_cast<size_t>(blocks) * sizeof(Panel<Block>);
   });
   return bytes;
 }

@@ -12,6 +12,9 @@ namespace engine {
 
 size_t panel_bytes(Format format, int64_t cols);
 
+// What a segment is multiplied with: floats, bytes with a scale for 32 columns, or with one for a row.
+enum class Activations : uint8_t { F32, GROUPS, ROWS };
+
 // The rows of one source tensor, cut into panels of 16; the last panel is filled up with zeros.
 struct Segment {
   Format format;
@@ -22,6 +25,11 @@ struct Segment {
   int64_t num_panels;
   size_t panel_bytes;
   size_t start;  // of its panels in `panels`
+
+  Activations activations() const {
+    if (arithmetic == Arithmetic::EXACT) return Activations::F32;
+    return format == Format::INT8 ? Activations::ROWS : Activations::GROUPS;
+  }
 };
 
 class PackedWeight : public Weight {
@@ -31,9 +39,8 @@ class PackedWeight : public Weight {
     return panels.get() + segment.start + static_cast<size_t>(index) * segment.panel_bytes;
   }
 
-  bool takes_int8() const {
-    return std::any_of(segments.begin(), segments.end(),
-                       [](const Segment& s) { return s.arithmetic == Arithmetic::INT8; });
+  bool takes(Activations form) const {
+    return std::ranges::any_of(segments, [form](const Segment& s) { return s.activations() == form; });
   }
 
   std::vector<Segment> segments;

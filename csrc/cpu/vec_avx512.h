@@ -138,6 +138,9 @@ inline I32x16 operator&(I32x16 a, int32_t mask) {
 inline I32x16 operator|(I32x16 a, I32x16 b) {
   return {_mm512_or_si512(a.v, b.v)};
 }
+inline I32x16 operator+(I32x16 a, I32x16 b) {
+  return {_mm512_add_epi32(a.v, b.v)};
+}
 inline I32x16 max(I32x16 a, I32x16 b) {
   return {_mm512_max_epi32(a.v, b.v)};
 }

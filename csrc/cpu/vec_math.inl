@@ -27,6 +27,19 @@ inline F32x16 exp(F32x16 x) {
   return where_less(x, broadcast(lowest), zero(), scale_by_power(power, n));
 }
 
+// x[i ^ Bit] ± x[i]: one stage of the fast Walsh-Hadamard transform within a vector.
+template <int Bit>
+inline F32x16 butterfly(F32x16 x) {
+  alignas(64) static constexpr auto signs = [] {
+    struct {
+      float lanes[16];
+    } s{};
+    for (int i = 0; i < 16; ++i) s.lanes[i] = i & Bit ? -1.0f : 1.0f;
+    return s;
+  }();
+  return fma(x, load(signs.lanes), xor_lanes<Bit>(x));
+}
+
 // erfc(z) = t p(t) e^(-z²), t = 1 / (1 + 0.3 z), for z >= 0: the form of Abramowitz & Stegun 7.1.26, with the
 // degree-8 polynomial of least maximal relative error, 2e-8 for z <= 9.5.
 inline F32x16 erfc(F32x16 z) {

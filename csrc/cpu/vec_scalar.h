@@ -165,6 +165,9 @@ inline I32x16 operator&(I32x16 a, int32_t mask) {
 inline I32x16 operator|(I32x16 a, I32x16 b) {
   return each_int([&](int i) { return a.v[i] | b.v[i]; });
 }
+inline I32x16 operator+(I32x16 a, I32x16 b) {
+  return each_int([&](int i) { return a.v[i] + b.v[i]; });
+}
 inline I32x16 max(I32x16 a, I32x16 b) {
   return each_int([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; });
 }

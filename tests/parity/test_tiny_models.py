@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from langchain_vllm_server import _kernels_test
+from tests.kernels.test_int8_weights import rounded as rounded_to_bytes
 from tests.parity.models import (
     BLOCK,
     VOCAB,
@@ -259,6 +260,8 @@ def test_widening_at_load_changes_nothing(tmp_path: Path) -> None:
 
 def rounded(kind: str, parameter: torch.Tensor) -> torch.Tensor:
     rows = parameter.detach().numpy().reshape(-1, parameter.shape[-1])
+    if kind == "INT8":
+        return torch.from_numpy(rounded_to_bytes("cpu", rows).reshape(parameter.shape))
     back = [_kernels_test.dequantize(kind, _kernels_test.quantize(kind, row), len(row)) for row in rows]
     return torch.from_numpy(np.concatenate(back).reshape(parameter.shape))
 
