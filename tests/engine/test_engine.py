@@ -98,7 +98,8 @@ def test_experts_are_counted_at_what_they_take(tmp_path: Path) -> None:
     make_mixtral(tmp_path)
     experts, hidden, inner = MIXTRAL["num_local_experts"], MIXTRAL["hidden_size"], MIXTRAL["intermediate_size"]
     router = -(-experts // 16) * 16 * hidden * 4  # in whole panels of f32
-    mlps = experts * (2 * inner * (hidden + 4) + hidden * (inner + 4))  # in bytes, and a scale for each row
+    in_whole_tiles = -(-inner // 64) * 64
+    mlps = experts * (2 * inner * (hidden + 4) + hidden * (in_whole_tiles + 4))  # in bytes, and a scale for each row
     attention = (64 + 2 * 32) * (64 + 4) + 64 * (64 + 4)
     words = 2 * -(-VOCAB // 16) * 16 * (hidden + 4)
     with running_engine(tmp_path, **{**SMALL, "memory_bytes": 1200 << 10}, weight_format="INT8") as client:
