@@ -102,32 +102,40 @@ def test_every_choice_gets_its_row(isa: str, per_token: int) -> None:
 class Mixture:
     """Random experts, each of two parts of an odd number of rows, and what linear() makes of each one alone."""
 
-    def __init__(self, rng: np.random.Generator, isa: str, names: tuple[str, str], *, exact: bool = True) -> None:
-        self.isa, self.exact = isa, exact
+    def __init__(
+        self, rng: np.random.Generator, isa: str, names: tuple[str, str], *, exact: bool = True, target: str = ""
+    ) -> None:
+        self.isa = isa
+        self.form: dict[str, Any] = {"exact": exact, "target": target}
         self.parts = [[(name, random_rows(rng, name, 19, COLS)) for name in names] for _ in range(6)]
 
     def pack(self, per_token: int, threads: int = 1) -> Any:
         parts = [part for expert in self.parts for part in expert]
         return _kernels_test.Experts(
-            self.isa, threads, len(self.parts), per_token, True, sources(parts), exact=self.exact, max_tokens=256
+            self.isa, threads, len(self.parts), per_token, True, sources(parts), **self.form, max_tokens=256
         )
 
     def alone(self, x: Floats) -> Floats:
         """(experts, n, rows)."""
-        weights = (_kernels_test.Linear(self.isa, 1, sources(parts), exact=self.exact) for parts in self.parts)
+        weights = (_kernels_test.Linear(self.isa, 1, sources(parts), **self.form) for parts in self.parts)
         return np.stack([weight.multiply(x) for weight in weights])
 
 
-FORMS = [*((name, True) for name in FORMATS), *((name, False) for name in FORMATS if name not in PLAIN)]
+# (stored format, whether it is multiplied exactly, what it becomes while it is packed)
+FORMS = [
+    *((name, True, "") for name in FORMATS),
+    *((name, False, "") for name in FORMATS if name not in PLAIN),
+    *(("F32", exact, "INT8") for exact in (True, False)),
+]
 
 
 @every_isa
-@pytest.mark.parametrize(("name", "exact"), FORMS)
+@pytest.mark.parametrize(("name", "exact", "target"), FORMS)
 @pytest.mark.parametrize("threads", [1, 3])
-def test_each_row_is_multiplied_by_its_expert(isa: str, name: str, exact: bool, threads: int) -> None:
+def test_each_row_is_multiplied_by_its_expert(isa: str, name: str, exact: bool, target: str, threads: int) -> None:
     """Bit for bit as linear() does it: from few rows to an expert up to all, among them experts that get none."""
     rng = np.random.default_rng(3)
-    mixture = Mixture(rng, isa, (name, "Q6_K" if name == "Q4_K" else name), exact=exact)
+    mixture = Mixture(rng, isa, (name, "Q6_K" if name == "Q4_K" else name), exact=exact, target=target)
     x = rng.normal(size=(70, COLS)).astype(np.float32)
     alone, experts = mixture.alone(x), mixture.pack(per_token=1, threads=threads)
     to_one = np.zeros((70, 6), np.float32)
