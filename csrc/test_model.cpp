@@ -51,12 +51,18 @@ Batch batch_of(const std::vector<Run>& runs) {
   return batch;
 }
 
-// A CPU that runs an MLP on so many rows at once, however many its caches hold.
+// A CPU that runs an MLP on so many rows at once, however many its caches hold, and counts them.
 class PieceDevice : public CpuDevice {
  public:
   PieceDevice(int rows, int num_threads, Arithmetic arithmetic)
       : CpuDevice(select_kernels(), num_threads, arithmetic), rows_(rows) {}
   int rows_at_once(size_t /*row_bytes*/) const override { return rows_; }
+  void activation(Activation kind, bool gated, const float* x, float* out, int n, int size) override {
+    activated += n;
+    CpuDevice::activation(kind, gated, x, out, n, size);
+  }
+
+  int64_t activated = 0;
 
  private:
   int rows_;
@@ -96,6 +102,9 @@ class Model {
     return nb::ndarray<nb::numpy, float>(copy->data(), {rows, cols}, owner);
   }
 
+  // Rows that went through an MLP, of all layers, where their pieces are given.
+  int64_t rows_activated() const { return dynamic_cast<const PieceDevice&>(*device_).activated; }
+
   // How many steps were replays of a CUDA graph, and how many shapes of steps are remembered.
   std::pair<int64_t, size_t> graphs() const {
     const cuda::Graphs& graphs = dynamic_cast<const cuda::CudaDevice&>(*device_).graphs();
@@ -125,6 +134,7 @@ NB_MODULE(_model_test, m) {
            nb::arg("num_threads") = 2, nb::arg("num_blocks") = 64, nb::arg("max_tokens") = 512,
            nb::arg("exact") = true, nb::arg("device") = "cpu", nb::arg("rows_at_once") = 0)
       .def("forward", &Model::forward, nb::arg("runs"))
+      .def_prop_ro("rows_activated", &Model::rows_activated)
       .def_prop_ro("graphs", &Model::graphs);
   m.def(
       "Engine",

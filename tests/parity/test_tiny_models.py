@@ -235,8 +235,9 @@ def test_rows_at_once_do_not_matter(name: str, rows: int, tmp_path: Path) -> Non
     CASES[name](tmp_path)
     runs = [run(random_tokens(LENGTH, 1), 0, list(range(num_blocks(LENGTH))))]
     for options in ({}, {"weight_format": "INT8", "exact": False}):
-        whole = our_model(tmp_path, rows_at_once=LENGTH, **options).forward(runs)
-        np.testing.assert_array_equal(our_model(tmp_path, rows_at_once=rows, **options).forward(runs), whole)
+        whole, pieces = (our_model(tmp_path, rows_at_once=most, **options) for most in (LENGTH, rows))
+        np.testing.assert_array_equal(pieces.forward(runs), whole.forward(runs))
+        assert pieces.rows_activated == whole.rows_activated >= 2 * LENGTH, "as many rows as there are"
 
 
 @pytest.mark.parametrize(("asked", "dtype"), [("BF16", torch.bfloat16), ("F16", torch.float16)])
