@@ -151,6 +151,7 @@ void bind_requests(nb::module_& m) {
           [](EngineOptions& o, const std::string& name) { o.kv_format = parse_format(name); })
       .def_rw("weight_format", &EngineOptions::weight_format)
       .def_rw("exact", &EngineOptions::exact)
+      .def_rw("enforce_eager", &EngineOptions::enforce_eager)
       .def_rw("enable_prefix_caching", &EngineOptions::enable_prefix_caching);
 
   nb::class_<SamplingParams>(m, "SamplingParams")

@@ -21,7 +21,7 @@ const Kernels& kernels_named(const std::string& isa) {
 std::unique_ptr<Device> make_test_device(const std::string& name, int num_threads, Arithmetic arithmetic) {
   if (name == "cuda") {
     schedule_cuda_like(num_threads);
-    auto device = make_cuda_device(arithmetic);
+    auto device = make_cuda_device({.arithmetic = arithmetic});
     device->reserve(std::min(device->memory_available(), kTestMemory));
     return device;
   }

@@ -78,7 +78,7 @@ class Model {
     if (rows_at_once > 0)
       device_ = std::make_unique<PieceDevice>(rows_at_once, num_threads, arithmetic);
     else
-      device_ = make_device(device, num_threads, arithmetic);
+      device_ = make_device({.kind = device, .num_threads = num_threads, .arithmetic = arithmetic});
     device_->reserve(std::min(device_->memory_available(), kTestMemory));
     Loading loading;
     transformer_ =

@@ -355,7 +355,7 @@ void bind_ops(nb::module_& m) {
     return kernels_named(isa).pointwise->max(x.data(), x.size());
   });
   m.def("make_device",
-        [](const std::string& kind) { return make_device(kind, 1, Arithmetic::EXACT)->name(); });
+        [](const std::string& kind) { return make_device({.kind = kind, .num_threads = 1})->name(); });
   m.def("random_uniform", &random_uniform);
   m.def("count_tasks", &count_tasks);
   m.def("throw_in_task", &throw_in_task);

@@ -34,7 +34,8 @@ bool decodes(const Batch& batch) {
 
 }  // namespace
 
-CudaDevice::CudaDevice(Arithmetic arithmetic) : arithmetic_(arithmetic) {
+CudaDevice::CudaDevice(const DeviceOptions& options)
+    : arithmetic_(options.arithmetic), record_graphs_(options.record_graphs) {
   const std::string problem = cuda_problem();
   require(problem.empty(), problem);
   cuda_check(cudaSetDevice(0), "cudaSetDevice");
@@ -131,7 +132,7 @@ void CudaDevice::run(const ModelConfig& config, const Batch& batch,
                      const std::function<void(const Batch&)>& forward) {
   for (const int32_t token : batch.tokens)
     check(token >= 0 && token < config.vocab_size, "token id out of range");
-  const bool graph = decodes(batch);
+  const bool graph = record_graphs_ && decodes(batch);
   stage(config, batch, graph);
   check(step_.largest_block() < num_blocks_, "batch: block tables name blocks of the cache");
   const auto launch = [&] {

@@ -19,7 +19,7 @@ namespace engine::cuda {
 
 class CudaDevice : public Device {
  public:
-  explicit CudaDevice(Arithmetic arithmetic);
+  explicit CudaDevice(const DeviceOptions& options);
   ~CudaDevice() override;
 
   std::string name() const override;
@@ -71,6 +71,7 @@ class CudaDevice : public Device {
   const int32_t* to_device(std::span<const int32_t> indices);
 
   Arithmetic arithmetic_;
+  bool record_graphs_;
   std::string name_;
   int multiprocessors_ = 0;
   cudaStream_t stream_ = nullptr;

@@ -59,8 +59,8 @@ std::string cuda_problem() {
   return problem;
 }
 
-std::unique_ptr<Device> make_cuda_device(Arithmetic arithmetic) {
-  return std::make_unique<cuda::CudaDevice>(arithmetic);
+std::unique_ptr<Device> make_cuda_device(const DeviceOptions& options) {
+  return std::make_unique<cuda::CudaDevice>(options);
 }
 
 }  // namespace engine

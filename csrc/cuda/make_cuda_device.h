@@ -12,6 +12,6 @@ namespace engine {
 std::string cuda_problem();
 
 // The first GPU. Throws InputError with cuda_problem().
-std::unique_ptr<Device> make_cuda_device(Arithmetic arithmetic);
+std::unique_ptr<Device> make_cuda_device(const DeviceOptions& options);
 
 }  // namespace engine

@@ -9,7 +9,7 @@ std::string cuda_problem() {
          "--config-settings=cmake.define.ENGINE_CUDA=ON, or take --device cpu";
 }
 
-std::unique_ptr<Device> make_cuda_device(Arithmetic) {
+std::unique_ptr<Device> make_cuda_device(const DeviceOptions&) {
   require(false, cuda_problem());
   return nullptr;
 }

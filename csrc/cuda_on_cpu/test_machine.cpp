@@ -25,4 +25,5 @@ void bind_cuda_machine(nb::module_& m) {
       nb::arg("bytes") = size_t{1} << 30, nb::arg("has_code") = true, nb::arg("lost") = false,
       nb::arg("calls_until_lost") = 0);
   m.def("cuda_bytes_used", [] { return machine.used_bytes; });
+  m.def("cuda_graphs_recorded", [] { return machine.graphs_recorded.load(); });
 }

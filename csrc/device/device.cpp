@@ -12,11 +12,12 @@ void Device::add_norm(Norm kind, float eps, const float* weight, const float* bi
   norm(kind, eps, weight, bias, x, out, n, size);
 }
 
-std::unique_ptr<Device> make_device(const std::string& kind, int num_threads, Arithmetic arithmetic) {
-  if (kind == "cuda" || (kind == "auto" && cuda_problem().empty())) return make_cuda_device(arithmetic);
+std::unique_ptr<Device> make_device(const DeviceOptions& options) {
+  const std::string& kind = options.kind;
+  if (kind == "cuda" || (kind == "auto" && cuda_problem().empty())) return make_cuda_device(options);
   require(kind == "cpu" || kind == "auto",
           "there is no device \"" + kind + "\"; what can be asked for is \"auto\", \"cpu\" or \"cuda\"");
-  return std::make_unique<CpuDevice>(select_kernels(), num_threads, arithmetic);
+  return std::make_unique<CpuDevice>(select_kernels(), options.num_threads, options.arithmetic);
 }
 
 }  // namespace engine

@@ -144,8 +144,13 @@ class Device {
                      std::span<TokenLogprobs> out) = 0;
 };
 
-// kind: "cpu", "cuda", or "auto": a GPU if one can be used, else the CPU. num_threads 0: one per core that
-// this process may run on.
-std::unique_ptr<Device> make_device(const std::string& kind, int num_threads, Arithmetic arithmetic);
+struct DeviceOptions {
+  std::string kind = "cpu";  // "cpu", "cuda", or "auto": a GPU if one can be used, else the CPU
+  int num_threads = 0;       // of a CPU; 0: one per core that this process may run on
+  Arithmetic arithmetic = Arithmetic::EXACT;
+  bool record_graphs = true;  // of a GPU: replay steps of a shape as what the first ones launched
+};
+
+std::unique_ptr<Device> make_device(const DeviceOptions& options);
 
 }  // namespace engine

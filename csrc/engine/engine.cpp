@@ -78,8 +78,10 @@ Engine::Engine(const ModelConfig& config, const TensorIndex& tensors, const Engi
     : options_(options), config_(config), masks_(config.vocab_size) {
   config_.validate();
   validate_options(options_);
-  device_ = make_device(options_.device, options_.num_threads,
-                        options_.exact ? Arithmetic::EXACT : Arithmetic::INT8);
+  device_ = make_device({.kind = options_.device,
+                         .num_threads = options_.num_threads,
+                         .arithmetic = options_.exact ? Arithmetic::EXACT : Arithmetic::INT8,
+                         .record_graphs = !options_.enforce_eager});
   const auto available = static_cast<int64_t>(device_->memory_available());
   require(options_.memory_bytes <= available,
           "the engine may use " + mib(options_.memory_bytes) + " of memory, but only " + mib(available) +

@@ -51,6 +51,7 @@ struct EngineOptions {
   // plain-float ones.
   std::string weight_format;
   bool exact = false;  // multiply quantised weights as the f32 numbers they stand for, not in integers
+  bool enforce_eager = false;  // launch every step anew, none as a CUDA graph; a CPU has none
   bool enable_prefix_caching = true;
 };
 

@@ -127,6 +127,7 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
             share,
             "PART",
         ),
+        Flag("--enforce-eager", "on a GPU, launch every step anew instead of replaying CUDA graphs"),
         Flag("--seed", "of the seeds of requests that give none", int),
     ),
     "requests": (

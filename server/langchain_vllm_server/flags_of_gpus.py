@@ -23,7 +23,7 @@ VALUES = """
 --tool-strict-level
 """
 SWITCHES = """
---enforce-eager --trust-remote-code --enable-chunked-prefill --async-scheduling --disable-custom-all-reduce
+--trust-remote-code --enable-chunked-prefill --async-scheduling --disable-custom-all-reduce
 --disable-sliding-window --enable-expert-parallel/-ep --enable-eplb --enable-dbo --use-tqdm-on-load
 --data-parallel-hybrid-lb/-dph --data-parallel-external-lb/-dpe --disable-log-stats --disable-log-requests
 --enable-log-deltas --log-error-stack --enable-mfu-metrics --kv-cache-metrics --disable-frontend-multiprocessing

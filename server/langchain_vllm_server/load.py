@@ -120,6 +120,7 @@ def engine_options(settings: Settings, checkpoint: Checkpoint) -> _engine.Engine
     options.max_position = checkpoint.max_position
     options.max_num_seqs = settings.max_num_seqs
     options.max_num_batched_tokens = settings.max_num_batched_tokens
+    options.enforce_eager = settings.enforce_eager
     options.enable_prefix_caching = settings.enable_prefix_caching
     options.weight_format = _weight_format(settings, checkpoint)
     options.exact = options.weight_format == "F32"

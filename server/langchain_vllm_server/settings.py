@@ -68,6 +68,7 @@ class Settings:
     threads: int = 0
     memory: int = 0  # bytes, for weights, cache and activations
     gpu_memory_utilization: float | None = None  # the same, as a part of what a GPU has free
+    enforce_eager: bool = False
     seed: int = 0
 
     host: str = "127.0.0.1"

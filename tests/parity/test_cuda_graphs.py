@@ -7,6 +7,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
+from langchain_vllm_server import _engine, _model_test
+from langchain_vllm_server.gate import Progress
+from langchain_vllm_server.load import load
+from langchain_vllm_server.settings import parse_settings
+from tests.emulated_gpu import emulated, machine, make_model
+from tests.engines import Client
 from tests.parity.models import num_blocks, our_model, run
 from tests.parity.test_tiny_models import CASES, random_tokens
 
@@ -77,3 +83,25 @@ def test_steps_that_are_no_decode_are_no_graphs_on_cuda(tmp_path: Path) -> None:
     for _ in range(4):
         assert not sequences.step({0: 2, 1: 1})
     assert sequences.model.graphs == (0, 0)
+
+
+@emulated
+def test_an_eager_engine_records_no_graphs_on_cuda(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`--enforce-eager` changes how steps are launched, and no token."""
+    monkeypatch.setattr(_engine, "Engine", _model_test.Engine)
+
+    def generate(*flags: str) -> tuple[list[int], int]:
+        settings = parse_settings([str(tmp_path), "--device", "cuda", "--memory", "8MiB", *flags])
+        before = _model_test.cuda_graphs_recorded()
+        engine = load(settings, Progress()).engine
+        try:
+            tokens = Client(engine).generate([1, 2, 3], max_tokens=6).tokens
+        finally:
+            engine.stop()
+        return tokens, _model_test.cuda_graphs_recorded() - before
+
+    make_model(tmp_path)
+    with machine():
+        (tokens, recorded), (eager_tokens, eager_recorded) = generate(), generate("--enforce-eager")
+    assert (recorded > 0, eager_recorded) == (True, 0)
+    assert eager_tokens == tokens

@@ -63,6 +63,11 @@ def test_only_float32_is_exact(flags: list[str]) -> None:
     assert engine_options(parse_settings(["model", "--dtype", "float32"]), checkpoint("F32", "BF16")).exact
 
 
+def test_eager_is_the_engine_s() -> None:
+    assert not engine_options(parse_settings(["model"]), checkpoint("F32", "BF16")).enforce_eager
+    assert engine_options(parse_settings(["model", "--enforce-eager"]), checkpoint("F32", "BF16")).enforce_eager
+
+
 def test_what_is_float_in_a_gguf_file_can_be_quantised() -> None:
     settings = parse_settings(["model", "--quantization", "int4"])
     assert engine_options(settings, checkpoint("F32", "Q4_1", "F16")).weight_format == "INT4"

@@ -268,11 +268,11 @@ def test_the_real_engine_on_the_default_model() -> None:
 
 
 def test_flags_without_effect_are_told_in_one_line() -> None:
-    with server("load=0", "--port", "0", "-tp", "2", "--enforce-eager") as process:
+    with server("load=0", "--port", "0", "-tp", "2", "--trust-remote-code") as process:
         process.wait_ready()
         process.popen.terminate()
         _, errors = process.end()
-    assert "without effect on this server: --tensor-parallel-size --enforce-eager" in errors
+    assert "without effect on this server: --tensor-parallel-size --trust-remote-code" in errors
 
 
 def test_help_imports_little() -> None:

@@ -85,13 +85,13 @@ def test_api_keys(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_flags_for_gpus_are_accepted_and_remembered() -> None:
-    argv = ["-tp", "2", "--swap_space=4", "--enforce-eager", "--trust-remote-code", "model"]
+    argv = ["-tp", "2", "--swap_space=4", "--async-scheduling", "--trust-remote-code", "model"]
     settings = parse_settings(argv)
     assert settings.model == "model"
     assert settings.without_effect == (
         "--tensor-parallel-size",
         "--swap-space",
-        "--enforce-eager",
+        "--async-scheduling",
         "--trust-remote-code",
     )
 
@@ -250,7 +250,7 @@ def test_a_file_of_flags(tmp_path: Path) -> None:
     assert (settings.model, settings.port, settings.served_model_name) == ("from-file", 13, ("a", "b"))
     assert not settings.enable_prefix_caching
     assert settings.override_generation_config == {"top_k": 3}
-    assert settings.without_effect == ("--enforce-eager",)
+    assert settings.enforce_eager
     settings = parse_settings(["m", f"--config={file}", "--served-model-name", "c"])
     assert (settings.model, settings.served_model_name) == ("m", ("c",))
 
