@@ -36,13 +36,14 @@ def machine(**properties: Any) -> Iterator[None]:
         _model_test.set_cuda_machine()
 
 
-def make_model(folder: Path) -> Path:
-    """A tiny random Llama whose tokens are bytes."""
-    from tests.parity.test_tiny_models import make_llama
+def make_model(folder: Path, **experts: Any) -> Path:
+    """A tiny random Llama whose tokens are bytes, or a Mixtral with these knobs."""
+    from tests.parity.test_tiny_models import make_llama, make_mixtral
     from tests.server.fakes import EOS, byte_backend
 
     backend = byte_backend()
-    make_llama(folder, vocab_size=backend.get_vocab_size())
+    make = make_mixtral if experts else make_llama
+    make(folder, vocab_size=backend.get_vocab_size(), **experts)
     backend.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": EOS}))
     return folder

@@ -4,6 +4,7 @@
 #include <bit>
 
 #include "base/check.h"
+#include "cuda/experts.h"
 #include "cuda/make_cuda_device.h"
 #include "cuda/pointwise.h"
 
@@ -79,7 +80,12 @@ size_t CudaDevice::memory_budget(double utilization) const {
 size_t CudaDevice::reserve_scratch(const ModelConfig& c, int max_tokens, int64_t max_blocks) {
   const size_t before = arena_.available();
   const int rows = padded_rows(max_tokens);
-  linear_.reserve(rows, std::max({c.hidden_size, c.q_size(), c.intermediate_size}));
+  const int tiles = tiles_of(rows), dense_mlp = c.num_experts > 0 ? 0 : c.intermediate_size;
+  size_t places = LinearScratch::places(tiles, std::max({c.hidden_size, c.q_size(), dense_mlp}));
+  if (c.num_experts > 0)
+    places = std::max(places, LinearScratch::places(CudaRouting::most_tiles(c, rows).count,
+                                                    std::max(c.hidden_size, c.intermediate_size)));
+  linear_.reserve(places);
   indices_.reserve(static_cast<size_t>(rows) * sizeof(int32_t));
   step_.reserve(c, rows, max_blocks, split_limits(c));
   sampler_.reserve(c.vocab_size);
@@ -106,12 +112,12 @@ std::unique_ptr<KvCache> CudaDevice::kv_alloc(const ModelConfig& config, Format 
   return std::make_unique<CudaKvCache>(arena_, config, format, num_blocks);
 }
 
-std::unique_ptr<Routing> CudaDevice::routing_alloc(const ModelConfig&, int) {
-  throw InputError("a mixture of experts runs on CPUs only; use --device cpu");
+std::unique_ptr<Routing> CudaDevice::routing_alloc(const ModelConfig& config, int max_tokens) {
+  return std::make_unique<CudaRouting>(arena_, config, max_tokens);
 }
 
-size_t CudaDevice::routing_bytes(const ModelConfig&, int) const {
-  return 0;
+size_t CudaDevice::routing_bytes(const ModelConfig& config, int max_tokens) const {
+  return CudaRouting::bytes(config, max_tokens);
 }
 
 const int32_t* CudaDevice::to_device(std::span<const int32_t> indices) {
@@ -187,20 +193,22 @@ void CudaDevice::linear(const Weight& weight, const float* x, float* y, int n) {
   multiply(stream_, static_cast<const CudaWeight&>(weight), x, y, n, linear_);
 }
 
-void CudaDevice::route(const ModelConfig&, const float*, int, Routing&) {
-  check(false, "route: there is no Routing");
+void CudaDevice::route(const ModelConfig& config, const float* scores, int n, Routing& routing) {
+  static_cast<CudaRouting&>(routing).route(stream_, config, scores, n);
 }
 
-void CudaDevice::dispatch(const Routing&, const float*, float*, int) {
-  check(false, "dispatch: there is no Routing");
+void CudaDevice::dispatch(const Routing& routing, const float* x, float* out, int size) {
+  static_cast<const CudaRouting&>(routing).dispatch(stream_, x, out, size);
 }
 
-void CudaDevice::linear_experts(const Weight&, const Routing&, const float*, float*) {
-  check(false, "linear_experts: there is no Routing");
+void CudaDevice::linear_experts(const Weight& experts, const Routing& routing, const float* x, float* y) {
+  const auto& r = static_cast<const CudaRouting&>(routing);
+  multiply_experts(stream_, static_cast<const CudaWeight&>(experts), r.tiles(), x, y, r.num_choices(),
+                   linear_);
 }
 
-void CudaDevice::combine(const Routing&, const float*, float*, int) {
-  check(false, "combine: there is no Routing");
+void CudaDevice::combine(const Routing& routing, const float* y, float* out, int size) {
+  static_cast<const CudaRouting&>(routing).combine(stream_, y, out, size);
 }
 
 // The batch on the GPU, with the rotation of its tokens: made in its first layer, read in the others.

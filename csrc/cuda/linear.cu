@@ -7,7 +7,7 @@ namespace engine::cuda {
 namespace {
 
 constexpr int kWarpsPerBlock = 8;  // of the kernels that prepare activations
-constexpr int kFewTokens = 8, kSomeTokens = 32;
+constexpr unsigned kMaxGridRows = 65535;
 
 template <class T>
 View<T> part(const CudaWeight& weight, size_t offset, size_t bytes) {
@@ -24,58 +24,55 @@ Matrix matrix(const CudaWeight& weight, const PackedSegment& s) {
           static_cast<int>(s.panels)};
 }
 
-int tiles_of(int n) {
-  return (n + kTileTokens - 1) / kTileTokens;
-}
-
 int steps_of(int cols) {
   return (cols + kStepCols - 1) / kStepCols;
 }
 
-// Where a tile of tokens meets a step of columns.
-size_t places(int n, int cols) {
-  return static_cast<size_t>(tiles_of(n)) * static_cast<size_t>(steps_of(cols));
-}
+// A multiplication's tokens: as many tiles as there may be, and how they are multiplied.
+struct Work {
+  Tokens tokens;
+  int tiles, at_once, num_matrices;
+};
 
 dim3 preparation_grid(int steps, int tiles) {
   return {blocks_for(static_cast<size_t>(steps), kWarpsPerBlock), static_cast<unsigned>(tiles)};
 }
 
-Terms split(cudaStream_t stream, View<const float> x, int n, int cols, LinearScratch& scratch) {
-  const int steps = steps_of(cols), tiles = tiles_of(n);
-  const size_t count = kTerms * places(n, cols) * kWarpSize * 8;
-  scratch.reserve_terms(n, cols);
-  const View<uint16_t> terms(scratch.terms.as<uint16_t>(), count);
-  launch(stream, preparation_grid(steps, tiles), kWarpsPerBlock * kWarpSize, split_kernel, x, terms, n, cols,
-         tiles, steps);
-  return {terms, tiles, steps};
+Terms split(cudaStream_t stream, View<const float> x, const Work& work, int cols, LinearScratch& scratch) {
+  const int steps = steps_of(cols);
+  const size_t places = LinearScratch::places(work.tiles, cols);
+  scratch.reserve_terms(places);
+  const View<uint16_t> terms(scratch.terms.as<uint16_t>(), kTerms * places * kWarpSize * 8);
+  launch(stream, preparation_grid(steps, work.tiles), kWarpsPerBlock * kWarpSize, split_kernel, x, terms,
+         work.tokens, cols, work.tiles, steps);
+  return {terms, work.tiles, steps};
 }
 
-Bytes quantise(cudaStream_t stream, View<const float> x, int n, int cols, LinearScratch& scratch) {
-  const int steps = steps_of(cols), tiles = tiles_of(n);
-  const size_t count = places(n, cols);
-  scratch.reserve_quants(n, cols);
-  const View<uint8_t> quants(scratch.quants.as<uint8_t>(), count * kWarpSize * 8);
-  const View<float> scales(scratch.scales.as<float>(), count * kTileTokens);
-  const View<int> sums(scratch.sums.as<int>(), count * kTileTokens * 2);
-  launch(stream, preparation_grid(steps, tiles), kWarpsPerBlock * kWarpSize, quantise_kernel, x, quants,
-         scales, sums, n, cols, steps);
-  return {quants, scales, sums, tiles, steps};
+Bytes quantise(cudaStream_t stream, View<const float> x, const Work& work, int cols, LinearScratch& scratch) {
+  const int steps = steps_of(cols);
+  const size_t places = LinearScratch::places(work.tiles, cols);
+  scratch.reserve_quants(places);
+  const View<uint8_t> quants(scratch.quants.as<uint8_t>(), places * kWarpSize * 8);
+  const View<float> scales(scratch.scales.as<float>(), places * kTileTokens);
+  const View<int> sums(scratch.sums.as<int>(), places * kTileTokens * 2);
+  launch(stream, preparation_grid(steps, work.tiles), kWarpsPerBlock * kWarpSize, quantise_kernel, x, quants,
+         scales, sums, work.tokens, cols, steps);
+  return {quants, scales, sums, work.tiles, steps};
 }
 
 template <class Route>
-void multiply_segment(cudaStream_t stream, const Matrix& m, const typename Route::Rows& x,
-                      const Result& out) {
-  const auto panels = static_cast<unsigned>(m.panels);
-  const auto tiles = static_cast<size_t>(tiles_of(out.n));
-  if (out.n <= kFewTokens)
-    launch(stream, dim3(panels, blocks_for(tiles, 1)), kNarrowWarps * kWarpSize, narrow_kernel<Route, 1>, m,
-           x, out);
-  else if (out.n <= kSomeTokens)
-    launch(stream, dim3(panels, blocks_for(tiles, 4)), kNarrowWarps * kWarpSize, narrow_kernel<Route, 4>, m,
-           x, out);
+void multiply_segment(cudaStream_t stream, const Matrix& m, const typename Route::Rows& x, const Result& out,
+                      const Work& work) {
+  // The rows of a matrix begin anywhere in a panel.
+  const auto panels = static_cast<unsigned>(
+      work.num_matrices == 1 ? m.panels : min(m.panels, (out.height + kPanelRows - 2) / kPanelRows + 1));
+  const unsigned groups = blocks_for(static_cast<size_t>(work.tiles), work.at_once);
+  if (work.at_once == 1)
+    launch(stream, dim3(panels, groups), kNarrowWarps * kWarpSize, narrow_kernel<Route, 1>, m, x, out);
+  else if (work.at_once == 4)
+    launch(stream, dim3(panels, groups), kNarrowWarps * kWarpSize, narrow_kernel<Route, 4>, m, x, out);
   else
-    launch(stream, dim3(blocks_for(panels, kWideWarps), blocks_for(tiles, 8)), kWideWarps * kWarpSize,
+    launch(stream, dim3(blocks_for(panels, kWideWarps), groups), kWideWarps * kWarpSize,
            wide_kernel<Route, 8>, m, x, out);
 }
 
@@ -127,31 +124,14 @@ __global__ void embed_kernel(Matrix m, View<const int32_t> tokens, View<float> o
   }
 }
 
-constexpr unsigned kMaxGridRows = 65535;
-
-}  // namespace
-
-void LinearScratch::reserve(int n, int cols) {
-  reserve_terms(n, cols);
-  reserve_quants(n, cols);
-}
-
-void LinearScratch::reserve_terms(int n, int cols) {
-  terms.reserve(kTerms * places(n, cols) * kWarpSize * 8 * sizeof(uint16_t));
-}
-
-void LinearScratch::reserve_quants(int n, int cols) {
-  quants.reserve(places(n, cols) * kWarpSize * 8);
-  scales.reserve(places(n, cols) * kTileTokens * sizeof(float));
-  sums.reserve(places(n, cols) * kTileTokens * sizeof(int2));
-}
-
-void multiply(cudaStream_t stream, const CudaWeight& weight, const float* x, float* y, int n,
+void multiply(cudaStream_t stream, const CudaWeight& weight, const Work& work, const float* x, float* y,
               LinearScratch& scratch) {
-  check(tiles_of(n) <= static_cast<int>(kMaxGridRows), "linear: fewer tokens at once");
+  check(work.tiles <= static_cast<int>(kMaxGridRows), "linear: fewer tokens at once");
+  const auto n = static_cast<size_t>(work.tokens.n);
   const int cols = static_cast<int>(weight.cols), rows = static_cast<int>(weight.rows);
-  const View<const float> in(x, static_cast<size_t>(n) * static_cast<size_t>(cols));
-  const View<float> out(y, static_cast<size_t>(n) * static_cast<size_t>(rows));
+  const int height = rows / work.num_matrices;
+  const View<const float> in(x, n * static_cast<size_t>(cols));
+  const View<float> out(y, n * static_cast<size_t>(height));
   const View<const float> bias =
       weight.has_bias ? part<const float>(weight, weight.bias, static_cast<size_t>(rows) * sizeof(float))
                       : View<const float>();
@@ -159,19 +139,64 @@ void multiply(cudaStream_t stream, const CudaWeight& weight, const float* x, flo
   Bytes bytes{};
   for (const PackedSegment& s : weight.segments) {
     const Matrix m = matrix(weight, s);
-    const Result result{out, bias, n, rows, static_cast<int>(s.first_row), static_cast<int>(s.rows)};
+    const Result result{out,        bias, height, static_cast<int>(s.first_row), static_cast<int>(s.rows),
+                        work.tokens};
     if (s.arithmetic == Arithmetic::EXACT) {
-      if (!terms.data) terms = split(stream, in, n, cols, scratch);
-      visit_format(s.format,
-                   [&]<Format kFormat>() { multiply_segment<Exact<kFormat>>(stream, m, terms, result); });
+      if (!terms.data) terms = split(stream, in, work, cols, scratch);
+      visit_format(s.format, [&]<Format kFormat>() {
+        multiply_segment<Exact<kFormat>>(stream, m, terms, result, work);
+      });
     } else {
-      if (!bytes.quants) bytes = quantise(stream, in, n, cols, scratch);
+      if (!bytes.quants) bytes = quantise(stream, in, work, cols, scratch);
       visit_format(s.format, [&]<Format kFormat>() {
         if constexpr (requires { Stored<kFormat>::kBits; })
-          multiply_segment<Int8<kFormat>>(stream, m, bytes, result);
+          multiply_segment<Int8<kFormat>>(stream, m, bytes, result, work);
       });
     }
   }
+}
+
+}  // namespace
+
+int tiles_of(int n) {
+  return (n + kTileTokens - 1) / kTileTokens;
+}
+
+int tiles_at_once(int tokens) {
+  return tokens <= kTileTokens ? 1 : tokens <= 4 * kTileTokens ? 4 : 8;
+}
+
+size_t LinearScratch::places(int tiles, int cols) {
+  return static_cast<size_t>(tiles) * static_cast<size_t>(steps_of(cols));
+}
+
+void LinearScratch::reserve(size_t places) {
+  reserve_terms(places);
+  reserve_quants(places);
+}
+
+void LinearScratch::reserve_terms(size_t places) {
+  terms.reserve(kTerms * places * kWarpSize * 8 * sizeof(uint16_t));
+}
+
+void LinearScratch::reserve_quants(size_t places) {
+  quants.reserve(places * kWarpSize * 8);
+  scales.reserve(places * kTileTokens * sizeof(float));
+  sums.reserve(places * kTileTokens * sizeof(int2));
+}
+
+void multiply(cudaStream_t stream, const CudaWeight& weight, const float* x, float* y, int n,
+              LinearScratch& scratch) {
+  multiply(stream, weight, Work{{n, {}, {}}, tiles_of(n), tiles_at_once(n), 1}, x, y, scratch);
+}
+
+void multiply_experts(cudaStream_t stream, const CudaWeight& experts, const ExpertTiles& tiles,
+                      const float* x, float* y, int n, LinearScratch& scratch) {
+  check(experts.rows % tiles.num_experts == 0, "linear_experts: experts have equally many rows");
+  const auto count = static_cast<size_t>(tiles.count);
+  const Tokens tokens{n, View<const int32_t>(tiles.experts, count),
+                      View<const int32_t>(tiles.choices, count * kTileTokens)};
+  multiply(stream, experts, Work{tokens, tiles.count, tiles.at_once, tiles.num_experts}, x, y, scratch);
 }
 
 void embed_rows(cudaStream_t stream, const CudaWeight& table, const int32_t* tokens, int n, float* out) {

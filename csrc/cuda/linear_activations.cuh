@@ -6,8 +6,23 @@
 
 namespace engine::cuda {
 
-inline constexpr int kTileTokens = 8;
 inline constexpr int kTerms = 3;
+
+// Which rows of x and y the tokens of tiles are, and which of a weight's stacked matrices they are multiplied
+// by: all rows in order by the only one, or each tile's by its expert's.
+struct Tokens {
+  int n;                        // rows
+  View<const int32_t> experts;  // (tiles), -1: an empty tile; null where there is but one matrix
+  View<const int32_t> rows;     // (tiles, 8), -1: none
+
+  // -1: the tile is empty, and its rows are undefined.
+  __device__ int matrix(int tile) const { return experts ? experts[static_cast<size_t>(tile)] : 0; }
+  // -1: none.
+  __device__ int row(int token) const {
+    if (experts) return rows[static_cast<size_t>(token)];
+    return token < n ? token : -1;
+  }
+};
 
 struct Terms {                // x = Σ of kTerms bf16 numbers
   View<const uint16_t> data;  // (kTerms, tiles, steps, 32, 8)
@@ -33,25 +48,25 @@ struct Bytes {                 // x = scale · q
 };
 
 // What this lane has of x (n, cols) in a tile and step; zeros outside.
-__device__ inline void load_lane(View<const float> x, int n, int cols, int tile, int step, int lane,
-                                 float (&values)[8]) {
-  const int row = tile * kTileTokens + lane / 4;
+__device__ inline void load_lane(View<const float> x, const Tokens& tokens, int cols, int tile, int step,
+                                 int lane, float (&values)[8]) {
+  const int row = tokens.row(tile * kTileTokens + lane / 4);
   for (int i = 0; i < 8; ++i) {
     const int col = step * kStepCols + i / 4 * 16 + lane % 4 * 4 + i % 4;
-    const bool inside = row < n && col < cols;
+    const bool inside = row >= 0 && col < cols;
     values[i] =
         inside ? x[static_cast<size_t>(row) * static_cast<size_t>(cols) + static_cast<size_t>(col)] : 0;
   }
 }
 
 // A warp for each (step, tile).
-__global__ void split_kernel(View<const float> x, View<uint16_t> terms, int n, int cols, int tiles,
+__global__ void split_kernel(View<const float> x, View<uint16_t> terms, Tokens tokens, int cols, int tiles,
                              int steps) {
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize, tile = static_cast<int>(blockIdx.y);
   const int step = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x) / kWarpSize;
-  if (step >= steps) return;
+  if (step >= steps || tokens.matrix(tile) < 0) return;
   float v[8];
-  load_lane(x, n, cols, tile, step, lane, v);
+  load_lane(x, tokens, cols, tile, step, lane, v);
   for (int term = 0; term < kTerms; ++term) {
     const size_t row = (static_cast<size_t>(term) * static_cast<size_t>(tiles) + static_cast<size_t>(tile)) *
                            static_cast<size_t>(steps) +
@@ -65,12 +80,12 @@ __global__ void split_kernel(View<const float> x, View<uint16_t> terms, int n, i
 // Likewise. The rounding is that of the CPU's kernels: 127 / largest, to nearest even; numbers below 2^-100
 // count as zeros; what is no number makes the scale none.
 __global__ void quantise_kernel(View<const float> x, View<uint8_t> quants, View<float> scales, View<int> sums,
-                                int n, int cols, int steps) {
+                                Tokens tokens, int cols, int steps) {
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize, tile = static_cast<int>(blockIdx.y);
   const int step = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x) / kWarpSize;
-  if (step >= steps) return;
+  if (step >= steps || tokens.matrix(tile) < 0) return;
   float v[8], most = 0, poison = 0;
-  load_lane(x, n, cols, tile, step, lane, v);
+  load_lane(x, tokens, cols, tile, step, lane, v);
   for (const float value : v) {
     most = fmaxf(most, fabsf(value));
     poison += value - value;

@@ -84,23 +84,39 @@ struct Int8 {
 };
 
 struct Result {
-  View<float> y;                   // (n, stride)
-  View<const float> bias;          // (stride) or none
-  int n, stride, first_row, rows;  // of this segment
+  View<float> y;           // (n, height)
+  View<const float> bias;  // (rows of the weight) or none
+  int height;              // rows of each of the weight's matrices
+  int first_row, rows;     // of the weight, that are this segment's
+  Tokens tokens;
+
+  // The segment's rows that belong to a matrix; where the first is not below the last, none do.
+  __device__ int begin(int matrix) const { return max(matrix * height - first_row, 0); }
+  __device__ int end(int matrix) const { return min((matrix + 1) * height - first_row, rows); }
 };
+
+// The i-th panel with rows of the matrix that a tile is multiplied by; -1: there is none.
+__device__ inline int panel_of(const Result& out, int tile, int i) {
+  const int matrix = out.tokens.matrix(tile);
+  if (matrix < 0) return -1;
+  const int panel = out.begin(matrix) / kPanelRows + i;
+  return panel * kPanelRows < out.end(matrix) ? panel : -1;
+}
 
 // A lane's sums: rows g and g + 8 of the panel, tokens 2t and 2t + 1 of each tile.
 template <int kTiles>
 __device__ void store(const Result& out, int panel, int first_tile, int lane,
                       const float (&sums)[kTiles][4]) {
+  const int matrix = out.tokens.matrix(first_tile), begin = out.begin(matrix), end = out.end(matrix);
   for (int tile = 0; tile < kTiles; ++tile)
     for (int i = 0; i < 4; ++i) {
       const int row = panel * kPanelRows + lane / 4 + i / 2 * 8;
-      const int token = (first_tile + tile) * kTileTokens + lane % 4 * 2 + i % 2;
-      if (row >= out.rows || token >= out.n) continue;
-      const size_t col = static_cast<size_t>(out.first_row + row);
-      const float bias = out.bias ? out.bias[col] : -0.0f;
-      out.y[static_cast<size_t>(token) * static_cast<size_t>(out.stride) + col] = sums[tile][i] + bias;
+      const int to = out.tokens.row((first_tile + tile) * kTileTokens + lane % 4 * 2 + i % 2);
+      if (row < begin || row >= end || to < 0) continue;
+      const int of_weight = out.first_row + row;
+      const float bias = out.bias ? out.bias[static_cast<size_t>(of_weight)] : -0.0f;
+      out.y[static_cast<size_t>(to) * static_cast<size_t>(out.height) +
+            static_cast<size_t>(of_weight - matrix * out.height)] = sums[tile][i] + bias;
     }
 }
 
@@ -125,7 +141,9 @@ __global__ void __launch_bounds__(kNarrowWarps* kWarpSize, 1)
   __shared__ Shared<float, kNarrowWarps * kSums> partial;
   const int warp = static_cast<int>(threadIdx.x) / kWarpSize,
             lane = static_cast<int>(threadIdx.x) % kWarpSize;
-  const int panel = static_cast<int>(blockIdx.x), first_tile = static_cast<int>(blockIdx.y) * kTiles;
+  const int first_tile = static_cast<int>(blockIdx.y) * kTiles;
+  const int panel = panel_of(out, first_tile, static_cast<int>(blockIdx.x));
+  if (panel < 0) return;
   const int slices = (m.steps + kSliceSteps - 1) / kSliceSteps;
   float total[kTiles][4] = {};
   for (int first = 0; first < slices; first += kNarrowWarps) {
@@ -152,9 +170,9 @@ __global__ void __launch_bounds__(kWideWarps* kWarpSize, 1)
     wide_kernel(Matrix m, typename Route::Rows x, Result out) {
   const int warp = static_cast<int>(threadIdx.x) / kWarpSize,
             lane = static_cast<int>(threadIdx.x) % kWarpSize;
-  const int panel = static_cast<int>(blockIdx.x) * kWideWarps + warp;
   const int first_tile = static_cast<int>(blockIdx.y) * kTiles;
-  if (panel >= m.panels) return;
+  const int panel = panel_of(out, first_tile, static_cast<int>(blockIdx.x) * kWideWarps + warp);
+  if (panel < 0) return;
   const int slices = (m.steps + kSliceSteps - 1) / kSliceSteps;
   float total[kTiles][4] = {};
   for (int slice = 0; slice < slices; ++slice) {

@@ -144,7 +144,9 @@ size_t lay_out(PackedSegment& segment, int64_t steps, size_t start) {
   return start;
 }
 
-void pack_source(const Tensor& source, const PackedSegment& segment, int64_t steps, std::byte* memory) {
+// Into the segment's rows from `first` on.
+void pack_source(const Tensor& source, const PackedSegment& segment, int64_t first, int64_t steps,
+                 std::byte* memory) {
   Packer packer(segment, steps, memory);
   const size_t from = row_bytes(source.format, source.cols);
   std::vector<float> floats(static_cast<size_t>(source.cols));
@@ -156,7 +158,7 @@ void pack_source(const Tensor& source, const PackedSegment& segment, int64_t ste
       quantize_row(source.target, floats.data(), rounded.data(), source.cols);
       data = rounded.data();
     }
-    packer.row(row, data, source.cols);
+    packer.row(first + row, data, source.cols);
   }
 }
 
@@ -198,18 +200,22 @@ std::unique_ptr<CudaWeight> pack_for_cuda(Arena& arena, std::span<const Tensor> 
   check(!sources.empty(), "a weight needs a source");
   auto weight = std::make_unique<CudaWeight>(arena);
   weight->cols = sources[0].cols;
-  size_t bytes = 0;
   for (const Tensor& source : sources) {
     check(source.cols == weight->cols, "stacked sources differ in columns");
     check(source.target == source.format || is_plain(source.format), "plain floats only are converted");
-    PackedSegment& segment = weight->segments.emplace_back();
-    segment.format = source.target;
-    segment.arithmetic = is_plain(source.target) ? Arithmetic::EXACT : arithmetic;
-    segment.first_row = weight->rows;
-    segment.rows = source.rows;
-    segment.panels = (source.rows + kPanelRows - 1) / kPanelRows;
-    bytes = lay_out(segment, weight->steps(), bytes);
+    if (weight->segments.empty() || weight->segments.back().format != source.target) {
+      PackedSegment& segment = weight->segments.emplace_back();
+      segment.format = source.target;
+      segment.arithmetic = is_plain(source.target) ? Arithmetic::EXACT : arithmetic;
+      segment.first_row = weight->rows;
+    }
+    weight->segments.back().rows += source.rows;
     weight->rows += source.rows;
+  }
+  size_t bytes = 0;
+  for (PackedSegment& segment : weight->segments) {
+    segment.panels = (segment.rows + kPanelRows - 1) / kPanelRows;
+    bytes = lay_out(segment, weight->steps(), bytes);
   }
   check(bias.empty() || static_cast<int64_t>(bias.size()) == weight->rows, "a bias has one number per row");
   weight->bias = bytes;
@@ -217,8 +223,13 @@ std::unique_ptr<CudaWeight> pack_for_cuda(Arena& arena, std::span<const Tensor> 
   bytes += bias.size_bytes();
 
   std::vector<std::byte> host(bytes);
-  for (size_t i = 0; i < sources.size(); ++i)
-    pack_source(sources[i], weight->segments[i], weight->steps(), host.data());
+  int64_t row = 0;
+  auto segment = weight->segments.begin();
+  for (const Tensor& source : sources) {
+    if (row == segment->first_row + segment->rows) ++segment;
+    pack_source(source, *segment, row - segment->first_row, weight->steps(), host.data());
+    row += source.rows;
+  }
   if (!bias.empty()) std::memcpy(host.data() + weight->bias, bias.data(), bias.size_bytes());
   weight->memory = DeviceMemory(arena, bytes);
   copy_to_device(weight->memory.as<std::byte>(), host.data(), bytes, stream);

@@ -34,11 +34,11 @@ struct PackedSizes {
 };
 PackedSizes packed_sizes(Format format);
 
-struct PackedSegment {  // the rows of one source tensor
+struct PackedSegment {  // the rows of sources that follow each other in one format
   Format format;
   Arithmetic arithmetic;  // EXACT for plain floats
-  int64_t first_row, rows;
-  int64_t panels;
+  int64_t first_row = 0, rows = 0;
+  int64_t panels = 0;
   size_t lanes, extras, scales, supers, row_scales;  // where each part starts in `memory`; multiples of 128
 };
 

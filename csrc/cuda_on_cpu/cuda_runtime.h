@@ -5,6 +5,7 @@
 // pointers point to as it is when the graph runs.
 #pragma once
 
+#include <bit>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -27,6 +28,9 @@ inline int min(int a, int b) {
 }
 inline int max(int a, int b) {
   return a < b ? b : a;
+}
+inline int __popc(unsigned bits) {
+  return std::popcount(bits);
 }
 
 struct alignas(8) float2 {

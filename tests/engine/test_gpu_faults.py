@@ -134,6 +134,21 @@ def test_no_request_takes_more_than_there_is(model: Path) -> None:
         assert [result.tokens for result in results[:4]] == [[vocab - 1] * 2] * 4, "the only token that is not masked"
 
 
+def test_experts_have_what_they_need_beside_a_cache_that_takes_the_rest(tmp_path: Path) -> None:
+    """Many of them, each with tokens enough for groups of eight tiles, that it may leave empty but for one token."""
+    make_model(tmp_path, num_local_experts=64, num_experts_per_tok=8, intermediate_size=32, num_hidden_layers=1)
+    roomy = {"max_position": 1 << 17, "max_model_len": 0, "memory_bytes": 16 << 20, "max_num_batched_tokens": 260}
+    with machine(), client_of(make_engine(tmp_path, **roomy)) as client:
+        result = client.generate([i % 200 for i in range(260)], max_tokens=2)
+        assert (result.finish, result.error) == ("length", "")
+
+
+def test_too_many_experts_for_a_gpu(tmp_path: Path) -> None:
+    make_model(tmp_path, num_local_experts=1025, num_experts_per_tok=1, intermediate_size=2, num_hidden_layers=1)
+    with machine(), pytest.raises(ValueError, match=r"a GPU mixes at most 1024 experts, .* 1025: take --device cpu"):
+        make_engine(tmp_path)
+
+
 def test_the_cache_takes_what_is_left(model: Path) -> None:
     """Keys and values of 2 layers, 2 heads, 16 tokens and 16 numbers of 2 bytes: 4 KiB a block."""
 

@@ -11,14 +11,13 @@ import numpy as np
 import pytest
 
 from langchain_vllm_server import _kernels_test
-from tests.kernels.weights import BLOCKS, FORMATS, ISAS, PLAIN, random_rows
+from tests.kernels.weights import BLOCKS, DEVICES, FORMATS, ISAS, PLAIN, random_rows
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     Floats = NDArray[np.float32]
 
-DEVICES = ISAS
 U = 2.0**-24
 COLS = 256
 
@@ -184,6 +183,17 @@ def test_a_broken_row_spoils_no_other(isa: str) -> None:
     assert np.isnan(got[[3, 11, 13]]).all()
     whole = np.delete(np.arange(20), [3, 11, 13])
     assert np.array_equal(got[whole], expected[whole])
+
+
+@every_isa
+@pytest.mark.parametrize("bits", [0x7FFFFFFF, 0xFFFFFFFF, 0x7F800001])
+def test_scores_that_are_no_numbers_choose_experts_that_are_there(isa: str, bits: int) -> None:
+    """Where all are chosen as well: 0x7FFFFFFF, what a GPU calculates, is beyond all numbers in order."""
+    scores = np.full((3, 6), bits, np.uint32).view(np.float32)
+    scores[1, 1:] = 0
+    experts = Mixture(np.random.default_rng(8), isa, ("F32", "F32")).pack(6)
+    got = run(experts, scores, np.ones((3, COLS), np.float32))
+    assert np.isnan(got[[0, 2]]).all()
 
 
 @pytest.mark.parametrize("rows", [4, 6])

@@ -59,6 +59,8 @@ class Sequences:
         ("llama-gqa", {"exact": False, "weight_format": "INT8", "kv_format": "INT8"}),
         ("mistral-sliding_window", {"kv_format": "BF16"}),
         ("mpt-alibi", {}),
+        ("mixtral-two_of_five", {}),
+        ("mixtral-all_five", {"exact": False, "weight_format": "INT8"}),
     ],
 )
 def test_replays_on_cuda_are_exact(name: str, options: dict[str, Any], tmp_path: Path) -> None:

@@ -177,6 +177,7 @@ def random_tokens(count: int, seed: int) -> list[int]:
 ON_CUDA = [
     *("llama-gqa", "llama-odd_sizes", "llama-attention_bias", "llama-rope_yarn", "llama-bf16", "llama-f16"),
     *("llama-gelu", "mistral-sliding_window", "mpt-alibi", "mpt-clip_qkv", "mpt-bias"),
+    *("mixtral-two_of_five", "mixtral-all_five", "mixtral-odd_sizes", "mixtral-bf16"),
 ]
 
 
