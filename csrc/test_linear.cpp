@@ -66,7 +66,7 @@ class Linear {
  public:
   Linear(const std::string& isa, int threads, const std::vector<Source>& sources,
          const std::vector<float>& bias, bool exact, const std::string& target)
-      : device_(make_test_device(isa, threads, exact ? Arithmetic::EXACT : Arithmetic::INT8)) {
+      : device_(make_test_device(isa, threads, exact ? Arithmetic::EXACT : Arithmetic::ROUNDED)) {
     std::vector<Tensor> tensors;
     for (const auto& [format, rows, cols, data] : sources) {
       tensors.push_back(
@@ -196,9 +196,9 @@ std::pair<double, double> bench_linear(const std::string& isa, const std::string
   std::vector<std::unique_ptr<Weight>> weights;
   for (size_t i = 0; i <= kUncached / (static_cast<size_t>(rows) * row_bytes(packed, cols)); ++i)
     weights.push_back(
-        pack_weight(pool, arena, {&source, 1}, {}, exact ? Arithmetic::EXACT : Arithmetic::INT8));
+        pack_weight(pool, arena, {&source, 1}, {}, exact ? Arithmetic::EXACT : Arithmetic::ROUNDED));
   std::vector<float> x(static_cast<size_t>(n * cols), 1.0f), y(static_cast<size_t>(n * rows));
-  QuantisedRows scratch;
+  RoundedRows scratch;
   int calls = 0;
   const auto start = Clock::now();
   while (seconds_since(start) < seconds) {

@@ -74,7 +74,7 @@ class Model {
         const std::string& kv_format, int num_threads, int num_blocks, int max_tokens, bool exact,
         const std::string& device, int rows_at_once)
       : config_(config) {
-    const Arithmetic arithmetic = exact ? Arithmetic::EXACT : Arithmetic::INT8;
+    const Arithmetic arithmetic = exact ? Arithmetic::EXACT : Arithmetic::ROUNDED;
     if (rows_at_once > 0)
       device_ = std::make_unique<PieceDevice>(rows_at_once, num_threads, arithmetic);
     else

@@ -186,7 +186,7 @@ void CpuDevice::add_norm(Norm kind, float eps, const float* weight, const float*
 }
 
 void CpuDevice::linear(const Weight& weight, const float* x, float* y, int n) {
-  engine::linear(kernels_, pool_, weight, x, y, n, quantised_);
+  engine::linear(kernels_, pool_, weight, x, y, n, rounded_);
 }
 
 void CpuDevice::route(const ModelConfig& config, const float* scores, int n, Routing& routing) {
@@ -207,7 +207,7 @@ void CpuDevice::dispatch(const Routing& routing, const float* x, float* out, int
 
 void CpuDevice::linear_experts(const Weight& experts, const Routing& routing, const float* x, float* y) {
   const auto& r = static_cast<const CpuRouting&>(routing);
-  engine::linear_experts(kernels_, pool_, experts, r.first_choices(), x, y, quantised_);
+  engine::linear_experts(kernels_, pool_, experts, r.first_choices(), x, y, rounded_);
 }
 
 void CpuDevice::combine(const Routing& routing, const float* y, float* out, int size) {

@@ -62,7 +62,7 @@ class CpuDevice : public Device {
   Arithmetic arithmetic_;
   ThreadPool pool_;
   Arena arena_;
-  QuantisedRows quantised_;  // what linear() multiplies
+  RoundedRows rounded_;  // what linear() multiplies
   Attention attention_;
   Sampler sampler_;
 };

@@ -3,6 +3,7 @@
 #include "cpu/attention.inl"
 #include "cpu/linear.inl"
 #include "cpu/linear_amx.inl"
+#include "cpu/linear_amx_bf16.inl"
 #include "cpu/peak.inl"
 #include "cpu/pointwise.inl"
 

@@ -58,9 +58,10 @@ bool runs_avx512vnni() {
 // Linux gives the tiles' 8 KiB of state to a process that asks, for all its threads; it may refuse, as when a
 // thread's signal stack has no room for them (Documentation/arch/x86/xstate.rst).
 bool runs_amx() {
-  constexpr unsigned tile = 1u << 24, int8 = 1u << 25;
+  constexpr unsigned bf16 = 1u << 22, tile = 1u << 24, int8 = 1u << 25;
   constexpr uint64_t config_and_data = uint64_t{3} << 17;
-  if (!runs_avx512vnni() || !has_features(0, 0, 0, tile | int8) || !saves(config_and_data)) return false;
+  if (!runs_avx512vnni() || !has_features(0, 0, 0, bf16 | tile | int8) || !saves(config_and_data))
+    return false;
   constexpr long request_permission = 0x1023, tile_data = 18;
   return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
 }

@@ -10,6 +10,7 @@ namespace {
 
 constexpr int64_t kTasksPerThread = 4;              // so that the slowest thread leaves little to wait for
 constexpr int64_t kTaskBytes = int64_t{512} << 10;  // of activations: they stay in the second-level cache
+constexpr int64_t kBf16TaskBytes = 2 * kTaskBytes;  // weights of two bytes are read half as fast as bytes
 constexpr int kExpandCols = 128;                    // columns that embed() expands at a time
 
 int64_t ceil_div(int64_t a, int64_t b) {
@@ -29,10 +30,9 @@ struct Part {
 
   int64_t num_tiles() const { return ceil_div(num_rows, kRowTile); }
   int64_t num_tasks() const { return panel_runs * row_runs; }
-  void cut(int64_t cols, int threads) {
-    const int64_t tile_bytes = ceil_div(cols, 32) * static_cast<int64_t>(sizeof(QuantisedTile));
+  void cut(int64_t tiles_per_task, int threads) {
     panel_runs = std::min(ceil_div(num_panels, 2), threads * kTasksPerThread);
-    row_runs = ceil_div(num_tiles(), std::max<int64_t>(1, kTaskBytes / tile_bytes));
+    row_runs = ceil_div(num_tiles(), tiles_per_task);
   }
   // Where a run begins.
   int64_t panel(int64_t run) const {
@@ -61,6 +61,7 @@ struct Operands {
   const float* x;               // (rows, cols)
   const QuantisedTile* groups;  // (row tiles of the parts, cols / 32)
   const RowTile* rows;          // (row tiles of the parts, RowTile::units(cols))
+  const Bf16Tile* bf16;         // (row tiles of the parts, ⌈cols / 32⌉)
   float* y;                     // (rows, y_stride)
   int64_t y_stride;
 };
@@ -79,6 +80,8 @@ void multiply(const Kernels& kernels, const PackedWeight& weight, const Part& pa
     const Activations form = s->activations();
     if (form == Activations::GROUPS) task.quantised = o.groups + tile * (weight.cols / 32);
     if (form == Activations::ROWS) task.by_row = o.rows + tile * RowTile::units(weight.cols);
+    if (form == Activations::BF16 && kernels.linear->round_to_bf16)
+      task.bf16 = o.bf16 + tile * ceil_div(weight.cols, 32);
     task.y = o.y + (part.first_row + row) * o.y_stride + s->first_row - part.first_channel + begin * kLanes;
     task.y_stride = o.y_stride;
     task.num_rows = static_cast<int>(end_row - row);
@@ -96,20 +99,34 @@ void grow(std::vector<T>& to, int64_t size) {
   if (static_cast<int64_t>(to.size()) < size) to.resize(static_cast<size_t>(size));
 }
 
+bool takes_bf16(const Kernels& kernels, const PackedWeight& weight) {
+  return kernels.linear->round_to_bf16 && weight.takes(Activations::BF16);
+}
+
+// Row tiles of a task: enough to pay for reading, or expanding, the weights.
+int64_t tiles_per_task(const Kernels& kernels, const PackedWeight& weight) {
+  const int64_t tiles = takes_bf16(kernels, weight)
+                            ? kBf16TaskBytes / static_cast<int64_t>(sizeof(Bf16Tile))
+                            : kTaskBytes / static_cast<int64_t>(sizeof(QuantisedTile));
+  return std::max<int64_t>(1, tiles / ceil_div(weight.cols, 32));
+}
+
 // Each part's rows in tiles of their own, in the forms that the weight takes.
-void quantise(const Kernels& kernels, ThreadPool& pool, const PackedWeight& weight, std::span<Part> parts,
-              const float* x, QuantisedRows& out) {
+void round_rows(const Kernels& kernels, ThreadPool& pool, const PackedWeight& weight, std::span<Part> parts,
+                const float* x, RoundedRows& out) {
   const bool groups = weight.takes(Activations::GROUPS), rows = weight.takes(Activations::ROWS);
-  if (!groups && !rows) return;
+  const bool bf16 = takes_bf16(kernels, weight);
+  if (!groups && !rows && !bf16) return;
   int64_t tiles = 0;
   for (Part& part : parts) {
     part.first_tile = tiles;
     tiles += part.num_tiles();
   }
-  const int64_t cols = weight.cols, num_groups = cols / 32, units = RowTile::units(cols);
+  const int64_t cols = weight.cols, num_groups = ceil_div(cols, 32), units = RowTile::units(cols);
   if (groups) grow(out.groups, tiles * num_groups);
   if (rows) grow(out.rows, tiles * units);
   if (rows) grow(out.rotated, pool.size() * cols);
+  if (bf16) grow(out.bf16, tiles * num_groups);
   pool.run(static_cast<int>(tiles), [&](int tile, int worker) {
     const Part& part = part_with(parts, &Part::first_tile, tile);
     const int row = static_cast<int>(tile - part.first_tile) * kRowTile;
@@ -119,17 +136,18 @@ void quantise(const Kernels& kernels, ThreadPool& pool, const PackedWeight& weig
     if (rows)
       kernels.linear->quantise_rows(from, cols, num_rows, out.rotated.data() + worker * cols,
                                     out.rows.data() + tile * units);
+    if (bf16) kernels.linear->round_to_bf16(from, cols, num_rows, out.bf16.data() + tile * num_groups);
   });
 }
 
 // y (rows, channels of a part) = x · wᵀ + bias, part by part, in one run of the pool.
 void multiply(const Kernels& kernels, ThreadPool& pool, const PackedWeight& weight, std::span<Part> parts,
-              const float* x, float* y, int64_t y_stride, QuantisedRows& scratch) {
-  quantise(kernels, pool, weight, parts, x, scratch);
-  const Operands operands{x, scratch.groups.data(), scratch.rows.data(), y, y_stride};
+              const float* x, float* y, int64_t y_stride, RoundedRows& scratch) {
+  round_rows(kernels, pool, weight, parts, x, scratch);
+  const Operands operands{x, scratch.groups.data(), scratch.rows.data(), scratch.bf16.data(), y, y_stride};
   int64_t tasks = 0;
   for (Part& part : parts) {
-    part.cut(weight.cols, pool.size());
+    part.cut(tiles_per_task(kernels, weight), pool.size());
     part.first_task = tasks;
     tasks += part.num_tasks();
   }
@@ -145,14 +163,14 @@ void multiply(const Kernels& kernels, ThreadPool& pool, const PackedWeight& weig
 }  // namespace
 
 void linear(const Kernels& kernels, ThreadPool& pool, const Weight& weight, const float* x, float* y, int n,
-            QuantisedRows& scratch) {
+            RoundedRows& scratch) {
   const auto& packed = static_cast<const PackedWeight&>(weight);
   Part whole{0, n, 0, packed.num_panels, 0};
   multiply(kernels, pool, packed, {&whole, 1}, x, y, packed.rows, scratch);
 }
 
 void linear_experts(const Kernels& kernels, ThreadPool& pool, const Weight& weight,
-                    std::span<const int32_t> first_rows, const float* x, float* y, QuantisedRows& scratch) {
+                    std::span<const int32_t> first_rows, const float* x, float* y, RoundedRows& scratch) {
   const auto& packed = static_cast<const PackedWeight&>(weight);
   const auto num_experts = static_cast<int64_t>(first_rows.size()) - 1;
   check(packed.rows % num_experts == 0, "experts have equally many rows");

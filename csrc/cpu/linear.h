@@ -3,8 +3,11 @@
 // Exactly: expanded to the numbers of dequantize_row() while they are multiplied; every output is one chain
 // of multiply-adds over the columns in order, starting at the bias. Or in integers, for quantised weights:
 // activations become bytes, 32 columns sharing a scale, and every output is a chain over those groups in
-// order; for INT8, whose channels have one scale each, so have the rows of activations (linear_rows.inl).
-// Either way it depends neither on the number of rows or threads, nor on whether AVX2 or AVX-512 runs it.
+// order; for INT8, whose channels have one scale each, so have the rows of activations (linear_rows.inl). Or
+// in bf16, for BF16 weights with AMX: activations become bf16 (to nearest even), products are exact, and
+// every output is a chain in f32 over 32 columns at a time, whose even and odd ones are chains of their own;
+// subnormal numbers count as zeros. Without AMX such weights are multiplied exactly. Each way depends neither
+// on the number of rows or threads, nor, the first two, on whether AVX2, AVX-512 or AMX runs it.
 #pragma once
 
 #include <cstddef>
@@ -21,7 +24,7 @@
 
 namespace engine {
 
-inline constexpr int kRowTile = 16;  // rows whose quantised groups lie together
+inline constexpr int kRowTile = 16;  // rows whose rounded activations lie together
 
 // 32 columns of kRowTile rows of activations: x ≈ scale · q with q = -127 … 127, the largest of them ±127.
 struct alignas(64) QuantisedTile {
@@ -49,11 +52,17 @@ struct alignas(64) RowTile {
 };
 static_assert(8 * sizeof(RowTile) == kRowTile * RowTile::kCols);
 
-// Where linear() and linear_experts() put quantised activations; it grows to the largest need.
-struct QuantisedRows {
+// 32 columns of kRowTile rows of activations in bf16.
+struct alignas(64) Bf16Tile {
+  uint16_t x[kRowTile][32];
+};
+
+// Where linear() and linear_experts() put rounded activations; it grows to the largest need.
+struct RoundedRows {
   std::vector<QuantisedTile> groups;  // (row tiles, cols / 32)
   std::vector<RowTile> rows;          // (row tiles, RowTile::units(cols))
   std::vector<float> rotated;         // (threads, cols)
+  std::vector<Bf16Tile> bf16;         // (row tiles, ⌈cols / 32⌉)
 };
 
 // One thread's share: a run of panels times a run of rows.
@@ -67,7 +76,8 @@ struct LinearTask {
   const float* bias;               // (num_channels) or null
   const float* x;                  // (num_rows, cols)
   const QuantisedTile* quantised;  // x as (row tiles, cols / 32), or null
-  const RowTile* by_row;           // x as (row tiles, RowTile::units(cols)), or null; both null: exactly
+  const RowTile* by_row;           // x as (row tiles, RowTile::units(cols)), or null
+  const Bf16Tile* bf16;            // x as (row tiles, ⌈cols / 32⌉), or null; all three null: exactly
   int num_rows;
   float* y;  // (num_rows, num_channels), rows y_stride apart
   int64_t y_stride;
@@ -75,29 +85,32 @@ struct LinearTask {
 
 struct LinearKernels {
   void (*multiply)(const LinearTask& task);
-  // out (end - begin, 16): columns begin to end of one panel, as floats. Both ends are multiples of 32, or of
-  // 1 for plain floats.
+  // out (end - begin, 16): columns begin to end of one panel, as floats. Both ends are multiples of 32, but
+  // that plain floats end where they end.
   void (*expand)(Format format, const std::byte* panel, int64_t begin, int64_t end, float* out);
   // x (rows, cols) to out (cols / 32); at most kRowTile rows, cols a multiple of 32.
   void (*quantise)(const float* x, int64_t cols, int rows, QuantisedTile* out);
   // The same with a scale for each row; rotated (cols) is scratch.
   void (*quantise_rows)(const float* x, int64_t cols, int rows, float* rotated, RowTile* out);
+  // x (rows, cols) to out (⌈cols / 32⌉), filled up with zeros; at most kRowTile rows. Null where BF16 weights
+  // are multiplied exactly.
+  void (*round_to_bf16)(const float* x, int64_t cols, int rows, Bf16Tile* out);
 };
 
 // The sources stacked by rows, each in its own format. They agree in `cols`; `bias` has one number per row or
-// is empty. `arithmetic` says how quantised ones are multiplied.
+// is empty.
 std::unique_ptr<Weight> pack_weight(ThreadPool& pool, Arena& arena, std::span<const Tensor> sources,
                                     std::span<const float> bias, Arithmetic arithmetic);
 
 // y (n, weight.rows) = x (n, weight.cols) · weightᵀ + bias.
 void linear(const Kernels& kernels, ThreadPool& pool, const Weight& weight, const float* x, float* y, int n,
-            QuantisedRows& scratch);
+            RoundedRows& scratch);
 
 // y (rows, weight.rows / experts): rows [first_rows[e], first_rows[e + 1]) of x (rows, weight.cols) times the
 // matrix of expert e, which is as many rows of the weight as any other's, from sources of its own. first_rows
 // (experts + 1).
 void linear_experts(const Kernels& kernels, ThreadPool& pool, const Weight& weight,
-                    std::span<const int32_t> first_rows, const float* x, float* y, QuantisedRows& scratch);
+                    std::span<const int32_t> first_rows, const float* x, float* y, RoundedRows& scratch);
 
 // out (tokens.size(), table.cols): rows of `table`, bit for bit as dequantize_row() gives them, without the
 // bias.

@@ -55,24 +55,42 @@ void expand_int8(const std::byte* panel, int64_t begin, int64_t end, float* out)
   for (int64_t k = begin; k < end; k += 64, out += 16 * 64) rotate_columns(out, end - k < 64 ? 32 : 64);
 }
 
-// How a plain float format is read, sixteen channels of a column at a time.
+// The first and the second of each pair of bf16 numbers.
+inline F32x16 even_of(I32x16 pairs) {
+  return from_bits(shift_left(pairs, 16));
+}
+inline F32x16 odd_of(I32x16 pairs) {
+  return from_bits(pairs & static_cast<int32_t>(0xffff0000));
+}
+
+// How a plain float format is read, sixteen channels of a column at a time. kTogether columns lie together;
+// p is where they begin.
 struct ReadF32 {
   using Number = float;
-  static F32x16 read(const float* p) { return load(p); }
+  static constexpr int kTogether = 1;
+  static F32x16 read(const float* p, int) { return load(p); }
 };
 struct ReadF16 {
   using Number = uint16_t;
-  static F32x16 read(const uint16_t* p) { return load_f16(p); }
+  static constexpr int kTogether = 1;
+  static F32x16 read(const uint16_t* p, int) { return load_f16(p); }
 };
 struct ReadBF16 {
   using Number = uint16_t;
-  static F32x16 read(const uint16_t* p) { return load_bf16(p); }
+  static constexpr int kTogether = 2;
+  static F32x16 read(const uint16_t* p, int column) {
+    const I32x16 pairs = load_i32(p);
+    return column == 0 ? even_of(pairs) : odd_of(pairs);
+  }
 };
 
 template <class Read>
 void expand_plain(const std::byte* panel, int64_t begin, int64_t end, float* out) {
   const auto* p = reinterpret_cast<const typename Read::Number*>(panel);
-  for (int64_t k = begin; k < end; ++k, out += 16) store(out, Read::read(p + 16 * k));
+  for (int64_t k = begin; k < end; ++k, out += 16) {
+    const int64_t column = k % Read::kTogether;
+    store(out, Read::read(p + 16 * (k - column), static_cast<int>(column)));
+  }
 }
 
 void expand(Format format, const std::byte* panel, int64_t begin, int64_t end, float* out) {
@@ -109,12 +127,16 @@ void multiply_tile(const Tile& t) {
   for (int r = 0; r < R; ++r) {
     for (int p = 0; p < P; ++p) sum[r][p] = load_channels(t.y + r * t.y_stride + 16 * p, t.channels - 16 * p);
   }
-  for (int k = 0; k < t.depth; ++k) {
-    F32x16 w[P];
-    for (int p = 0; p < P; ++p) w[p] = Read::read(weights + p * t.w_stride + 16 * k);
-    for (int r = 0; r < R; ++r) {
-      const F32x16 x = broadcast(t.x[r * t.x_stride + k]);
-      for (int p = 0; p < P; ++p) sum[r][p] = fma(w[p], x, sum[r][p]);
+  for (int k = 0; k < t.depth; k += Read::kTogether) {
+#pragma GCC unroll 2
+    for (int column = 0; column < Read::kTogether; ++column) {
+      if (column > 0 && k + column == t.depth) break;
+      F32x16 w[P];
+      for (int p = 0; p < P; ++p) w[p] = Read::read(weights + p * t.w_stride + 16 * k, column);
+      for (int r = 0; r < R; ++r) {
+        const F32x16 x = broadcast(t.x[r * t.x_stride + k + column]);
+        for (int p = 0; p < P; ++p) sum[r][p] = fma(w[p], x, sum[r][p]);
+      }
     }
   }
   for (int r = 0; r < R; ++r) {
@@ -177,9 +199,11 @@ inline int64_t chunk_end(const LinearTask& t, int64_t begin) {
 // Reads the panels where they lie.
 template <class Read>
 void multiply_in_place(const LinearTask& t) {
-  const auto* w = reinterpret_cast<const typename Read::Number*>(t.panels);
+  using Number = typename Read::Number;
+  const auto* w = reinterpret_cast<const Number*>(t.panels);
+  const auto w_stride = static_cast<int64_t>(t.panel_bytes / sizeof(Number));
   for (int64_t begin = 0; begin < t.cols; begin += kChunk) {
-    multiply_chunk<Read>(t, w + 16 * begin, 16 * t.cols, begin, chunk_end(t, begin));
+    multiply_chunk<Read>(t, w + 16 * begin, w_stride, begin, chunk_end(t, begin));
   }
 }
 
@@ -238,7 +262,7 @@ void multiply(const LinearTask& t) {
   }
 }
 
-constexpr LinearKernels kLinear = {multiply, expand, quantise, quantise_rows};
+constexpr LinearKernels kLinear = {multiply, expand, quantise, quantise_rows, nullptr};
 
 }  // namespace
 }  // namespace engine

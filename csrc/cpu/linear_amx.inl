@@ -248,7 +248,5 @@ void multiply_amx(const LinearTask& t) {
   if (rest > 0) multiply(rows_of(t, t.num_rows - rest, rest));
 }
 
-constexpr LinearKernels kLinearAmx = {multiply_amx, expand, quantise, quantise_rows};
-
 }  // namespace
 }  // namespace engine

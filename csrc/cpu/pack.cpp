@@ -111,10 +111,14 @@ void pack_quantised(const std::byte* row, int64_t begin, int64_t end, int lane, 
   }
 }
 
-template <class T>
+// A channel's numbers of kTogether columns stand side by side.
+template <class T, int kTogether = 1>
 void pack_plain(const std::byte* row, int64_t begin, int64_t end, int lane, std::byte* out) {
-  auto* lanes = reinterpret_cast<T*>(out) + lane;
-  for (int64_t k = begin; k < end; ++k) lanes[kLanes * k] = read<T>(row + static_cast<size_t>(k) * sizeof(T));
+  auto* lanes = reinterpret_cast<T*>(out) + kTogether * lane;
+  for (int64_t k = begin; k < end; ++k) {
+    const int64_t column = k % kTogether;
+    lanes[kLanes * (k - column) + column] = read<T>(row + static_cast<size_t>(k) * sizeof(T));
+  }
 }
 
 void pack_channel(Format format, const std::byte* row, int64_t begin, int64_t end, int lane, std::byte* out) {
@@ -122,8 +126,9 @@ void pack_channel(Format format, const std::byte* row, int64_t begin, int64_t en
     case Format::F32:
       return pack_plain<uint32_t>(row, begin, end, lane, out);
     case Format::F16:
-    case Format::BF16:
       return pack_plain<uint16_t>(row, begin, end, lane, out);
+    case Format::BF16:
+      return pack_plain<uint16_t, 2>(row, begin, end, lane, out);
     default:
       visit_block(format, [=]<class Block>(Block) { pack_quantised<Block>(row, begin, end, lane, out); });
   }
@@ -160,14 +165,14 @@ Tensor converted(const Tensor& source, int64_t first, int64_t count, std::vector
   return {source.name, source.target, count, source.cols, storage.data()};
 }
 
-// Panel number `index` of a tensor. Channels beyond its last row are zeros.
+// Panel number `index` of a tensor. Channels and columns beyond its last are zeros.
 void pack_panel(const Tensor& tensor, int64_t index, std::byte* out, size_t out_bytes) {
   const int64_t first = index * kLanes;
   const int lanes = static_cast<int>(std::min<int64_t>(kLanes, tensor.rows - first));
   std::vector<std::byte> storage;
   const Tensor source = converted(tensor, first, lanes, storage);
   const size_t bytes = row_bytes(source.format, source.cols);
-  if (lanes < kLanes) std::memset(out, 0, out_bytes);
+  if (lanes < kLanes || source.cols % kPaddedCols != 0) std::memset(out, 0, out_bytes);
   for (int64_t begin = 0; begin < source.cols; begin += kPackCols) {
     const int64_t end = std::min(begin + kPackCols, source.cols);
     for (int lane = 0; lane < lanes; ++lane) {
@@ -178,8 +183,9 @@ void pack_panel(const Tensor& tensor, int64_t index, std::byte* out, size_t out_
 }
 
 Segment next_segment(const PackedWeight& weight, const Tensor& source, Arithmetic arithmetic) {
+  const bool rounded = !is_plain(source.target) || source.target == Format::BF16;
   return {source.target,
-          is_plain(source.target) ? Arithmetic::EXACT : arithmetic,
+          rounded ? arithmetic : Arithmetic::EXACT,
           weight.rows,
           source.rows,
           weight.num_panels,
@@ -191,7 +197,9 @@ Segment next_segment(const PackedWeight& weight, const Tensor& source, Arithmeti
 }  // namespace
 
 size_t panel_bytes(Format format, int64_t cols) {
-  size_t bytes = kLanes * row_bytes(format, cols);
+  const int64_t columns =
+      format == Format::BF16 ? (cols + kPaddedCols - 1) / kPaddedCols * kPaddedCols : cols;
+  size_t bytes = kLanes * row_bytes(format, columns);
   visit_block(format, [&]<class Block>(Block) {
     int64_t blocks = cols / BlockLayout<Block>::kCols;
     if (format == Format::INT8) blocks += blocks % 2;  // a tile of AMX reads 64 columns, its activations 0

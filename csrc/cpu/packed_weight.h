@@ -12,13 +12,14 @@ namespace engine {
 
 size_t panel_bytes(Format format, int64_t cols);
 
-// What a segment is multiplied with: floats, bytes with a scale for 32 columns, or with one for a row.
-enum class Activations : uint8_t { F32, GROUPS, ROWS };
+// What a segment is multiplied with: floats, bytes with a scale for 32 columns, or with one for a row, or
+// bf16 (floats where the ISA does not round to it).
+enum class Activations : uint8_t { F32, GROUPS, ROWS, BF16 };
 
 // The rows of one source tensor, cut into panels of 16; the last panel is filled up with zeros.
 struct Segment {
   Format format;
-  Arithmetic arithmetic;  // EXACT for plain floats
+  Arithmetic arithmetic;  // EXACT for F32 and F16
   int64_t first_row;      // in the whole weight
   int64_t rows;
   int64_t first_panel;  // in the whole weight
@@ -28,6 +29,7 @@ struct Segment {
 
   Activations activations() const {
     if (arithmetic == Arithmetic::EXACT) return Activations::F32;
+    if (format == Format::BF16) return Activations::BF16;
     return format == Format::INT8 ? Activations::ROWS : Activations::GROUPS;
   }
 };

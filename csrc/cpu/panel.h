@@ -1,7 +1,10 @@
 // How a weight lies in memory for the multiply. Sixteen output channels (kLanes) make a panel, which runs
-// along the columns: for plain floats one vector of sixteen per column, for the quantised formats the sixteen
-// channels' blocks, interleaved: Panel<Block>. A block keeps exactly its information and (Q4_K and Q5_K but
-// for 3 %) its size.
+// along the columns: for F32 and F16 one vector of sixteen per column, for BF16 one of sixteen pairs per two
+// columns, for the quantised formats the sixteen channels' blocks, interleaved: Panel<Block>. A block keeps
+// exactly its information and (Q4_K and Q5_K but for 3 %) its size.
+//
+// BF16's pairs are as AMX multiplies them, and its columns are filled up with zeros to a multiple of
+// kPaddedCols, a whole tile.
 //
 // Quants are unsigned. A 32-bit lane belongs to one channel and holds four consecutive columns as bytes, the
 // first one lowest, or eight as nibbles: columns 0..3 in the low nibbles, 4..7 in the high ones. So one load,
@@ -14,6 +17,8 @@
 #include "base/blocks.h"
 
 namespace engine {
+
+inline constexpr int kPaddedCols = 32;
 
 template <class Block>
 struct Panel;

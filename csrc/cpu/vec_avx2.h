@@ -196,6 +196,9 @@ inline I32x16 max(I32x16 a, I32x16 b) {
 inline I32x16 bits(F32x16 a) {
   return {_mm256_castps_si256(a.lo), _mm256_castps_si256(a.hi)};
 }
+inline F32x16 from_bits(I32x16 a) {
+  return {_mm256_castsi256_ps(a.lo), _mm256_castsi256_ps(a.hi)};
+}
 inline I32x16 subtract_bytes(I32x16 a, int byte) {
   const __m256i b = _mm256_set1_epi8(static_cast<char>(byte));
   return {_mm256_sub_epi8(a.lo, b), _mm256_sub_epi8(a.hi, b)};

@@ -147,6 +147,9 @@ inline I32x16 max(I32x16 a, I32x16 b) {
 inline I32x16 bits(F32x16 a) {
   return {_mm512_castps_si512(a.v)};
 }
+inline F32x16 from_bits(I32x16 a) {
+  return {_mm512_castsi512_ps(a.v)};
+}
 inline I32x16 subtract_bytes(I32x16 a, int byte) {
   return {_mm512_sub_epi8(a.v, _mm512_set1_epi8(static_cast<char>(byte)))};
 }

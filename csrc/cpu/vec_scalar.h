@@ -176,6 +176,11 @@ inline I32x16 bits(F32x16 a) {
   std::memcpy(r.v, a.v, sizeof r.v);
   return r;
 }
+inline F32x16 from_bits(I32x16 a) {
+  F32x16 r;
+  std::memcpy(r.v, a.v, sizeof r.v);
+  return r;
+}
 // Subtracts from each of the 64 bytes, modulo 256.
 inline I32x16 subtract_bytes(I32x16 a, int byte) {
   uint8_t bytes[64];

@@ -52,9 +52,11 @@ class Buffer {  // RAII over device memory; f32
   size_t size = 0;  // numbers
 };
 
-// How quantised weights are multiplied. EXACT: as the f32 numbers they stand for. INT8: activations are
-// rounded to bytes as well, and the products summed as integers. Plain floats are always multiplied exactly.
-enum class Arithmetic : uint8_t { EXACT, INT8 };
+// What weights are multiplied with. EXACT: f32 activations, the weights being the f32 numbers they stand for.
+// ROUNDED: activations as coarse as the weights, where that is faster. For quantised weights they become
+// bytes, and products are summed as integers; for BF16 ones they become bf16 on a CPU with AMX
+// (cpu/linear.h).
+enum class Arithmetic : uint8_t { EXACT, ROUNDED };
 
 class Device {
  public:

@@ -80,7 +80,7 @@ Engine::Engine(const ModelConfig& config, const TensorIndex& tensors, const Engi
   validate_options(options_);
   device_ = make_device({.kind = options_.device,
                          .num_threads = options_.num_threads,
-                         .arithmetic = options_.exact ? Arithmetic::EXACT : Arithmetic::INT8,
+                         .arithmetic = options_.exact ? Arithmetic::EXACT : Arithmetic::ROUNDED,
                          .record_graphs = !options_.enforce_eager});
   const auto available = static_cast<int64_t>(device_->memory_available());
   require(options_.memory_bytes <= available,

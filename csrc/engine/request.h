@@ -50,7 +50,7 @@ struct EngineOptions {
   // "" keeps each tensor's own; F32, F16, BF16, INT8 (per channel) or INT4 (see load_weights) converts the
   // plain-float ones.
   std::string weight_format;
-  bool exact = false;  // multiply quantised weights as the f32 numbers they stand for, not in integers
+  bool exact = false;          // do not round activations for the multiply (Arithmetic in device/device.h)
   bool enforce_eager = false;  // launch every step anew, none as a CUDA graph; a CPU has none
   bool enable_prefix_caching = true;
 };

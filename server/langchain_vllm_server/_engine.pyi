@@ -50,7 +50,7 @@ class EngineOptions:
     max_num_batched_tokens: int
     kv_format: str  # F32, F16, BF16, or INT8: attention in integers
     weight_format: str  # "" keeps each tensor's own; F32, F16, BF16, INT8 or INT4 converts the plain-float ones
-    exact: bool  # multiply quantised weights as the f32 numbers they stand for, not in integers
+    exact: bool  # multiply with f32 activations: no integers, no bf16
     enforce_eager: bool  # launch every step anew, none as a CUDA graph; a CPU has none
     enable_prefix_caching: bool
     def __init__(self) -> None: ...

@@ -97,8 +97,8 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
     "engine": (
         Flag(
             "--dtype",
-            "of plain (not quantised) weights, auto keeps each tensor's own; float32 also multiplies quantised "
-            "weights exactly, not in integers",
+            "of plain (not quantised) weights, auto keeps each tensor's own; float32 also rounds no activations: "
+            "quantised weights are not multiplied in integers, nor bfloat16 ones in bfloat16 (CPUs with AMX)",
             _FLOATS,
         ),
         Flag(

@@ -48,7 +48,7 @@ def test_detection_agrees_with_the_kernel() -> None:
     assert ("avx512" in ISAS) == (avx512 <= flags)
     assert ("avx512vnni" in ISAS) == (avx512 | {"avx512_vnni"} <= flags)
     # The kernel may refuse the tiles' state, but on a machine without them nobody may claim to have it.
-    assert "amx" not in ISAS or avx512 | {"avx512_vnni", "amx_tile", "amx_int8"} <= flags
+    assert "amx" not in ISAS or avx512 | {"avx512_vnni", "amx_tile", "amx_int8", "amx_bf16"} <= flags
 
 
 SMALL_SIGNAL_STACK = """

@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from langchain_vllm_server import _kernels_test
 from tests.parity.models import from_gguf, num_blocks, our_model, run
 
 if TYPE_CHECKING:
@@ -138,6 +139,14 @@ def test_multiplying_in_integers(gguf: Path, tokens: list[int], record_property:
     assert 0 < found <= MAX_DIVERGENCE  # 0: it did not multiply in integers at all
 
 
+@pytest.mark.skipif(_kernels_test.selected_isa() != "amx", reason="needs a CPU with AMX")
+def test_multiplying_in_bf16(floats: Path, tokens: list[int], record_property: Any) -> None:
+    exact, rounded = (our_model(floats, max_tokens=CHUNK, num_blocks=128, exact=exact) for exact in (True, False))
+    found = divergence(exact, rounded, tokens)
+    record_property("divergence", found)
+    assert 0 < found <= MAX_DIVERGENCE  # 0: it did not round activations at all
+
+
 @pytest.mark.parametrize(
     ("checkpoint", "name", "most"), [("floats", "INT8", MAX_DIVERGENCE), ("off_grid", "INT4", MAX_DIVERGENCE_INT4)]
 )
@@ -152,7 +161,7 @@ def test_rounding_a_float_checkpoint(
     assert 1e-4 < found <= most  # less: the weights were not rounded
 
 
-@pytest.mark.parametrize("name", ["INT8", "INT4"])
+@pytest.mark.parametrize("name", ["BF16", "INT8", "INT4"])
 def test_a_row_of_a_rounded_model_depends_on_itself_alone(floats: Path, tokens: list[int], name: str) -> None:
     text, blocks = tokens[:60], list(range(8))
     rounded = our_model(floats, weight_format=name, max_tokens=CHUNK, num_blocks=16, exact=False)

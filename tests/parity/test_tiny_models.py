@@ -252,6 +252,18 @@ def test_matrices_rounded_at_load(asked: str, dtype: torch.dtype, tmp_path: Path
     assert_as_exact(ours, reference, tokens)
 
 
+def test_bf16_activations_cost_less_than_bf16_throughout(tmp_path: Path) -> None:
+    """Where they are rounded for the multiply (AMX), everything else is f32; transformers rounds all it computes."""
+    reference = make_llama(tmp_path, torch.bfloat16)
+    tokens = random_tokens(LENGTH, 1)
+    model = our_model(tmp_path, exact=False)
+    ours = model.forward([run(tokens, 0, list(range(num_blocks(LENGTH))))])
+    truth = reference.logits(tokens, torch.float64)
+    theirs = reference.logits(tokens, torch.bfloat16)
+    assert np.abs(ours - truth).max() <= np.abs(theirs - truth).max()
+    assert np.abs(ours - truth).mean() <= np.abs(theirs - truth).mean()
+
+
 def test_widening_at_load_changes_nothing(tmp_path: Path) -> None:
     make_llama(tmp_path, torch.bfloat16)
     runs = [run(random_tokens(LENGTH, 1), 0, list(range(num_blocks(LENGTH))))]
