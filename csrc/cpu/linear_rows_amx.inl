@@ -70,23 +70,30 @@ void multiply_tiles(const LinearTask& t, int tile, int64_t ahead) {
   }
 }
 
-// At most two panels, which stay in the caches from one pair of row tiles to the next.
+constexpr size_t kPanelBytesAtOnce = size_t{512} << 10;  // they stay in the second-level cache
+
+// Panels that the cache holds: all of them for two row tiles before the next two, so that y is written in
+// runs.
 void multiply_panels_amx(const LinearTask& t) {
   const int tiles = (t.num_rows + kRowTile - 1) / kRowTile;
   for (int tile = 0; tile < tiles; tile += 2) {
-    const int64_t ahead = tile == 0 ? static_cast<int64_t>(t.panel_bytes) * t.num_panels : 0;
-    const bool pair = tile + 1 < tiles;
-    if (t.num_panels == 2)
-      pair ? multiply_tiles<2, 2>(t, tile, ahead) : multiply_tiles<1, 2>(t, tile, ahead);
-    else
-      pair ? multiply_tiles<2, 1>(t, tile, ahead) : multiply_tiles<1, 1>(t, tile, ahead);
+    for (int p = 0; p < t.num_panels; p += 2) {
+      const LinearTask part = panels_of(t, p, 2);
+      const int64_t ahead = tile == 0 ? static_cast<int64_t>(t.panel_bytes) * part.num_panels : 0;
+      const bool rows = tile + 1 < tiles;
+      if (part.num_panels == 2)
+        rows ? multiply_tiles<2, 2>(part, tile, ahead) : multiply_tiles<1, 2>(part, tile, ahead);
+      else
+        rows ? multiply_tiles<2, 1>(part, tile, ahead) : multiply_tiles<1, 1>(part, tile, ahead);
+    }
   }
 }
 
 void multiply_rows_amx(const LinearTask& t) {
   prefetch_start(t, 2);
   configure_tiles(RowTile::kCols);
-  for (int p = 0; p < t.num_panels; p += 2) multiply_panels_amx(panels_of(t, p, 2));
+  const int at_once = static_cast<int>(kPanelBytesAtOnce / t.panel_bytes + 2) / 2 * 2;
+  for (int p = 0; p < t.num_panels; p += at_once) multiply_panels_amx(panels_of(t, p, at_once));
   __asm__ volatile("tilerelease");
 }
 
