@@ -93,10 +93,11 @@ def test_a_row_does_not_depend_on_the_others(threads: int) -> None:
 
 
 @needs_amx
-def test_more_than_the_caches_hold() -> None:
+@pytest.mark.parametrize("cols", [4081, 4096])
+def test_more_than_the_caches_hold(cols: int) -> None:
     rng = np.random.default_rng(3)
-    data = weights(rng, 211, 4096)  # several turns of panels, and of rows
-    x = activations(rng, 301, 4096)
+    data = weights(rng, 211, cols)  # several turns of panels, and of rows
+    x = activations(rng, 301, cols)
     whole = pack(data, threads=2).multiply(x)
     assert_close(whole, x, data)
     assert np.array_equal(pack(data).multiply(x[190:207]), whole[190:207])
@@ -115,13 +116,15 @@ def test_activations_become_the_nearest_bf16_number() -> None:
 
 
 @needs_amx
-def test_subnormal_numbers_are_zeros() -> None:
+@pytest.mark.parametrize("n", [1, 3])
+def test_subnormal_numbers_are_zeros(n: int) -> None:
     rng = np.random.default_rng(5)
     bias = rng.normal(size=17).astype(np.float32)
-    tiny = np.full((3, 40), 1e-39, np.float32)
-    assert np.array_equal(pack(weights(rng, 17, 40), bias=bias).multiply(tiny), np.tile(bias, (3, 1)))
+    tiny = np.full((n, 40), 1e-39, np.float32)
+    large = np.full((17, 40), 0x7E80, np.uint16).view(np.uint8)  # 2^126: what the product would not lose in the bias
+    assert np.array_equal(pack(large, bias=bias).multiply(tiny), np.tile(bias, (n, 1)))
     subnormal = np.full((17, 40), 0x0040, np.uint16).view(np.uint8)
-    assert np.array_equal(pack(subnormal).multiply(activations(rng, 3, 40) * 1e30), np.zeros((3, 17)))
+    assert np.array_equal(pack(subnormal).multiply(activations(rng, n, 40) * 1e30), np.zeros((n, 17)))
 
 
 @needs_amx
