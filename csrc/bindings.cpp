@@ -1,5 +1,6 @@
 // The extension module: a few structs and one Engine. No logic lives here.
 #include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
 #include <nanobind/stl/array.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
@@ -8,7 +9,10 @@
 #include <nanobind/stl/unordered_map.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <array>
+#include <cstdint>
+#include <cstring>
 #include <new>
 
 #include "base/check.h"
@@ -67,6 +71,28 @@ nb::bytes dequantize(const std::string& format_text, nb::bytes data, int64_t cou
   std::vector<float> out(static_cast<size_t>(count));
   dequantize_row(format, data.c_str(), out.data(), count);
   return nb::bytes(reinterpret_cast<const char*>(out.data()), out.size() * sizeof(float));
+}
+
+using Bytes = nb::ndarray<nb::ro, uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+
+// Here, and not in Python with the rest of a header, because a vocabulary has 100,000 of them.
+std::pair<nb::list, uint64_t> read_strings(const Bytes& data, uint64_t position, uint64_t end,
+                                           uint64_t count) {
+  require(position <= end && end <= data.size(), "position and end must lie in the data, in this order");
+  nb::list strings;
+  for (uint64_t i = 0; i < count; ++i) {
+    uint64_t length;
+    const uint64_t start = position + sizeof length;
+    if (start > end) return {strings, start};
+    std::memcpy(&length, data.data() + position, sizeof length);
+    position = start + std::min(length, UINT64_MAX - start);
+    if (position > end) break;
+    PyObject* text = PyUnicode_DecodeUTF8(reinterpret_cast<const char*>(data.data()) + start,
+                                          static_cast<Py_ssize_t>(length), nullptr);
+    if (text == nullptr) nb::raise_python_error();
+    strings.append(nb::steal(text));
+  }
+  return {strings, position};
 }
 
 using DemandTuple = std::tuple<uint64_t, std::vector<int32_t>, uintptr_t>;
@@ -264,6 +290,8 @@ NB_MODULE(_engine, m) {
   bind_requests(m);
   bind_engine(m);
   m.def("dequantize", &dequantize, nb::arg("format"), nb::arg("data"), nb::arg("count"));
+  m.def("read_strings", &read_strings, nb::arg("data"), nb::arg("position"), nb::arg("end"),
+        nb::arg("count"));
   m.def("cuda_problem", &cuda_problem);
   m.attr("KV_BLOCK_SIZE") = kBlockSize;
   m.attr("__version__") = ENGINE_VERSION;

@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+from typing_extensions import Buffer
+
 class ModelConfig:
     """A transformer as data; see csrc/model/config.h for the meaning of each field."""
 
@@ -170,3 +172,11 @@ def cuda_problem() -> str:
 
 def dequantize(format: str, data: bytes, count: int) -> bytes:
     """`count` numbers of a row in `format` as little-endian f32: the scalar definition of the format."""
+
+def read_strings(data: Buffer, position: int, end: int, count: int) -> tuple[list[str], int]:
+    """Strings as GGUF has them, each after its length in eight bytes (little-endian), and where they end.
+
+    Where that is beyond `end`, one of them would go so far: then the strings are those before it.
+
+    Raises UnicodeDecodeError for one that is not UTF-8, ValueError for a position or an end outside the data.
+    """

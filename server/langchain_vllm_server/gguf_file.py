@@ -11,6 +11,7 @@ import struct
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from langchain_vllm_server import _engine
 from langchain_vllm_server.errors import CheckpointError
 from langchain_vllm_server.stored_tensor import BLOCKS, StoredTensor, check_extents
 
@@ -34,8 +35,6 @@ _TENSOR_TYPES = {
     20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64",
     29: "IQ1_M", 30: "BF16", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4", 40: "NVFP4",
 }  # fmt: skip
-
-_u64 = struct.Struct("<Q").unpack_from
 
 
 @dataclass(frozen=True)
@@ -164,21 +163,12 @@ class _Reader:
         return [v != 0 for v in values] if type_id == _BOOL else list(values)
 
     def _strings(self, name: str, count: int) -> list[str]:
-        # A vocabulary has 50 to 250 thousand strings, so this loop holds everything in locals.
-        data, end, position = self._data, self._end, self._position
-        strings = []
         try:
-            for _ in range(count):
-                start = position + 8
-                position = start + _u64(data, position)[0]
-                if position > end:
-                    raise self._past_end(name, position)
-                strings.append(str(data[start:position], "utf-8"))
-        except struct.error:
-            raise self._past_end(name, position + 8) from None
+            strings, self._position = _engine.read_strings(self._data, self._position, self._end, count)
         except UnicodeDecodeError as error:
             raise self._error(name, "expected UTF-8", repr(error.object[:40])) from None
-        self._position = position
+        if self._position > self._end:
+            raise self._past_end(name, self._position)
         return strings
 
     def _string(self, name: str) -> str:

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from langchain_vllm_server import _engine
 from langchain_vllm_server.errors import CheckpointError
 from langchain_vllm_server.gguf_file import read_gguf
 from tests.server.checkpoint_fixtures import (
@@ -160,6 +161,32 @@ def test_lies_are_named(lie: str, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=message) as error:
         read(tmp_path, content)
     assert str(tmp_path / "model.gguf") in str(error.value)
+
+
+RUN = text("one") + text("zwölf")
+
+
+@pytest.mark.parametrize(
+    ("run", "begin", "end", "count", "found"),
+    [
+        (RUN, 0, len(RUN), 2, (["one", "zwölf"], len(RUN))),
+        (RUN, 11, len(RUN), 1, (["zwölf"], len(RUN))),
+        (RUN, 0, len(RUN), 0, ([], 0)),
+        (RUN, 0, len(RUN), 3, (["one", "zwölf"], len(RUN) + 8)),
+        (RUN, 0, len(RUN) - 1, 2, (["one"], len(RUN))),
+        (RUN, 0, 18, 2, (["one"], 19)),
+        (text("one") + bytes([255] * 8), 0, 19, 2, (["one"], 2**64 - 1)),
+    ],
+    ids=["all", "some", "none", "too many", "one too long", "no room for a length", "one endless"],
+)
+def test_where_strings_end(run: bytes, begin: int, end: int, count: int, found: object) -> None:
+    assert _engine.read_strings(run, begin, end, count) == found
+
+
+@pytest.mark.parametrize(("begin", "end"), [(2, 1), (0, len(RUN) + 1)])
+def test_strings_lie_in_the_data(begin: int, end: int) -> None:
+    with pytest.raises(ValueError, match="must lie in the data"):
+        _engine.read_strings(RUN, begin, end, 1)
 
 
 def test_other_alignments_place_the_data(tmp_path: Path) -> None:
