@@ -112,16 +112,6 @@ using Bf16Function = void (*)(const Bf16Block&);
 constexpr Bf16Function kBf16Blocks[2][2] = {{multiply_bf16_block<1, 1>, multiply_bf16_block<1, 2>},
                                             {multiply_bf16_block<2, 1>, multiply_bf16_block<2, 2>}};
 
-// Subnormal numbers are zeros while one of these lives, as they are to tiles.
-class FlushSubnormals {
- public:
-  FlushSubnormals() : saved_(_mm_getcsr()) { _mm_setcsr(saved_ | 0x8040); }  // FTZ and DAZ
-  ~FlushSubnormals() { _mm_setcsr(saved_); }
-
- private:
-  unsigned saved_;
-};
-
 // y = bias + x · wᵀ for P panels and one row, in the order of tile_multiply_bf16().
 template <int P>
 void multiply_bf16_row(const Bf16Block& b) {
@@ -202,11 +192,13 @@ void multiply_bf16_tiles(const LinearTask& t) {
 
 void multiply_bf16(const LinearTask& t) {
   if (t.num_rows > 1) return multiply_bf16_tiles(t);
-  const FlushSubnormals as_tiles_do;
+  const unsigned mode = _mm_getcsr();
+  _mm_setcsr(mode | 0x8040);  // subnormal numbers are zeros (FTZ and DAZ), as they are to tiles
   for (int p = 0; p < t.num_panels; p += kRowPanels) {
     const LinearTask part = panels_of(t, p, kRowPanels);
     kBf16Rows[part.num_panels - 1](bf16_block(part, 0));
   }
+  _mm_setcsr(mode);
 }
 
 void multiply_by_format(const LinearTask& t) {
