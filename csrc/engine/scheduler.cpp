@@ -16,10 +16,10 @@ int32_t blocks_for(int64_t num_tokens) {
   return static_cast<int32_t>((num_tokens + kBlockSize - 1) / kBlockSize);
 }
 
-// What prompts get in a step beside running answers: with four tokens for each, a step that reads prompts
+// What prompts get in a step beside running answers: with eight tokens for each, a step that reads prompts
 // takes a few times as long as one that does not, and as long again as others read theirs in the meantime;
-// fewer than 32 would waste the weights that a step reads.
-constexpr int32_t kPromptTokensPerAnswer = 4, kLeastPromptTokens = 32;
+// fewer than 64 would waste the weights that a step reads (benchmarks/LOG.md).
+constexpr int32_t kPromptTokensPerAnswer = 8, kLeastPromptTokens = 64;
 
 int32_t behind(const Sequence& sequence) {
   return sequence.size() - sequence.num_computed;

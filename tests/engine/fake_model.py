@@ -163,7 +163,7 @@ class FakeEngine:
         assert all(s.num_tokens > 0 for s in step)
         readers = [s for s in step if len(s.tokens) - s.num_computed > 1]
         read = sum(s.num_tokens for s in readers)
-        allowed = max(1, min(max(32, 4 * answers), self.budget - answers)) if answers else self.budget
+        allowed = max(1, min(max(64, 8 * answers), self.budget - answers)) if answers else self.budget
         assert read <= allowed
         assert all(s.catches_up for s in readers[:-1]), "first come, first served"
         if used == self.budget or read == allowed:

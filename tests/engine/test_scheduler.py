@@ -94,7 +94,7 @@ def test_running_sequences_come_before_waiting_prompts() -> None:
 
 
 def test_a_long_prompt_does_not_hold_up_answers() -> None:
-    """Prompts share 32 tokens of a step while few answers run, four for each answer while many do, all otherwise."""
+    """Prompts share 64 tokens of a step while few answers run, eight for each answer while many do, all otherwise."""
     engine = FakeEngine(num_blocks=200, max_num_batched_tokens=256)
     for i in range(12):
         engine.submit(random_tokens(8, seed=i), max_tokens=3 if i < 11 else 20)
@@ -102,8 +102,8 @@ def test_a_long_prompt_does_not_hold_up_answers() -> None:
     for seed in (90, 91):
         engine.submit(random_tokens(300, seed=seed), max_tokens=5)
     read = [sum(s.num_tokens for s in step if s.num_tokens > 1) for step in engine.run()]
-    assert read[:2] == [48, 48], "beside twelve answers"
-    assert read[2:17] == [32] * 15, "beside the last of them, then beside the first prompt's"
+    assert read[:2] == [96, 96], "beside twelve answers"
+    assert read[2:8] == [64] * 6, "beside the last of them, then beside the first prompt's"
     assert sum(read) == 600
     assert_all_as_alone(engine)
 
