@@ -14,6 +14,8 @@ namespace {
 
 static_assert(std::endian::native == std::endian::little, "panels hold columns as the bytes of integers");
 
+constexpr int64_t kMaxInt8Cols = 65536;  // of products of 127 and 255, which have to fit 32 bits
+
 constexpr int64_t kPackCols =
     256;  // packed at a time, so that the panel's part stays in the first-level cache
 
@@ -216,6 +218,9 @@ std::unique_ptr<Weight> pack_weight(ThreadPool& pool, Arena& arena, std::span<co
   for (const Tensor& source : sources) {
     check(source.cols == weight->cols, "stacked sources differ in columns");
     check(source.target == source.format || is_plain(source.format), "plain floats only are converted");
+    require(source.target != Format::INT8 || source.cols <= kMaxInt8Cols,
+            "tensor " + source.name + " has " + std::to_string(source.cols) +
+                " columns; int8 quantization takes at most " + std::to_string(kMaxInt8Cols));
     const Segment& s = weight->segments.emplace_back(next_segment(*weight, source, arithmetic));
     weight->rows += s.rows;
     weight->num_panels += s.num_panels;

@@ -10,7 +10,7 @@ inline constexpr int kPeakOps = 12 * 16;  // lanes that one round of the loops b
 
 struct PeakKernels {
   // `rounds` rounds in registers: each multiplies and adds 4 · kPeakOps bytes (kPeakOps floats), in twelve
-  // chains.
+  // chains; of bytes about as many in tiles, where there are any.
   void (*dot)(int64_t rounds);
   void (*fma)(int64_t rounds);
   // Reads `bytes`, a multiple of 256.

@@ -132,6 +132,16 @@ def test_the_largest_sums_do_not_overflow(isa: str) -> None:
     assert np.allclose(y, np.where(np.arange(16) % 2, 4096.0, -4096.0), rtol=1e-5)
 
 
+@pytest.mark.parametrize("isa", ISAS)
+def test_the_most_columns_do_not_overflow(isa: str) -> None:
+    """Numbers that are 127 in all columns once they are rotated; a byte more could be too many."""
+    x = np.tile(np.eye(1, 64, dtype=np.float32), (17, 1024))
+    y = pack(isa, x[:1], exact=False).multiply(x)
+    assert np.allclose(y, 1024, rtol=1e-5)
+    with pytest.raises(RuntimeError, match="65568 columns; int8 quantization takes at most 65536"):
+        pack(isa, np.zeros((1, 65568), np.float32), exact=False)
+
+
 @every_isa
 def test_embedding_is_the_rounded_row(isa: str) -> None:
     w = weights(np.random.default_rng(5), 37, 288)
