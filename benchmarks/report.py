@@ -144,7 +144,10 @@ def _comparisons(results: Results) -> Iterator[str]:
         yield "Our GGUF Q8_0 against the 8-bit peers:"
         yield ratio_table(results, GGUF_AGAINST_INT8)
     if "ours:bf16" in measured and {"llama.cpp:BF16", "vllm:bf16"} & {*measured}:
-        yield "Exact, without quantisation anywhere, on the bf16 checkpoint:"
+        yield (
+            "On the bf16 checkpoint, without quantisation (with AMX, activations are rounded to bf16 for a multiply, "
+            "as vLLM's are):"
+        )
         yield ratio_table(results, EXACT, exact=True)
 
 

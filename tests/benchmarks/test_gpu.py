@@ -79,7 +79,7 @@ def test_the_report_gives_shares_of_the_gpu_and_no_targets(tmp_path: Path) -> No
     }
     report.write(results, tmp_path)
     text = (tmp_path / "RESULTS.md").read_text()
-    assert cells(text[text.index("Exact, without") :], "HTTP, 256 at once")[1:] == ["–", "0.5×"]
+    assert cells(text[text.index("On the bf16 checkpoint") :], "HTTP, 256 at once")[1:] == ["–", "0.5×"]
     assert cells(text, "256 | ours:bf16")[2] == "9000 (9000–9000)"
     assert "GPU: NVIDIA H100" in text
     assert "300000 GMAC/s of bf16, 3000 GB/s read" in text
