@@ -44,9 +44,8 @@ int64_t loaded_bytes(const TensorIndex& tensors, const std::string& weight_forma
 
 // Maps the files, checks every tensor's name, format and shape against the config, and packs it for the
 // device. weight_format: "" keeps each tensor's own format; F32, F16, BF16, INT8 or INT4 (Q4_1,
-// but INT8 for embeddings and head) converts the plain-float ones
-// but for routers. Throws InputError naming the tensor, what
-// was expected and what was found.
+// but INT8 for embeddings and head) converts the plain-float ones but for routers. Throws InputError naming
+// the tensor, what was expected and what was found.
 Weights load_weights(const ModelConfig& config, const TensorIndex& tensors, const std::string& weight_format,
                      Device& device, Loading& loading);
 
