@@ -51,7 +51,7 @@ class EventStream:
 
     async def __anext__(self) -> list[tuple[int, Event]]:
         while not self._ready():
-            self._waiter = asyncio.get_running_loop().create_future()
+            self._waiter = self._engine.loop.create_future()
             await self._waiter
         if self._pending:
             pending, self._pending = self._pending, []
@@ -76,10 +76,10 @@ class EventStream:
         """Expect events of `index` under this id."""
         self._open[index] = request_id
 
-    def push(self, index: int, event: Event) -> None:
-        """Called by the engine's drain."""
+    def push(self, index: int, event: Event, *, ended: bool) -> None:
+        """Called by the engine's drain; `ended` with a sequence's last event."""
         self._pending.append((index, event))
-        if event.finish:
+        if ended:
             self._open.pop(index, None)
         self._wake()
 
@@ -124,8 +124,8 @@ class AsyncEngine:
         self._routes: dict[int, tuple[EventStream, int]] = {}
         self._busy_since = 0.0
         self._died = died
-        self._loop = asyncio.get_running_loop()
-        self._loop.add_reader(engine.fileno(), self._drain)
+        self.loop = asyncio.get_running_loop()
+        self.loop.add_reader(engine.fileno(), self._drain)
 
     def admit(self, count: int) -> None:
         """Let a request of `count` sequences in. Raises UnavailableError when too many are in flight already."""
@@ -216,7 +216,7 @@ class AsyncEngine:
         """Stop the engine's thread; requests that are still open end with an error."""
         for stream, _ in list(self._routes.values()):
             stream.fail(UnavailableError("The server is shutting down."))
-        self._loop.remove_reader(self._engine.fileno())
+        self.loop.remove_reader(self._engine.fileno())
         self._engine.stop()
 
     def _submit(
@@ -246,25 +246,27 @@ class AsyncEngine:
         stream.add(index, request_id)
 
     def _drain(self) -> None:
-        events = self._engine.drain()
-        self._route(events)
-        if any(event.finish == "error" for event in events):
-            self._tell_if_dead()
+        self._route(self._engine.drain())
 
     def _tell_if_dead(self) -> None:
         stats, died = self._engine.stats(), self._died
         if died is not None and not stats.alive:
             self._died = None
-            self._loop.call_soon(died, stats.error)
+            self.loop.call_soon(died, stats.error)
 
     def _route(self, events: Sequence[Event]) -> None:
+        failed = False
         for event in events:
-            route = self._routes.get(event.request_id)
-            self._prefilling.pop(event.request_id, None)
+            request_id, finish = event.request_id, event.finish  # each look at an event makes an object
+            route = self._routes.get(request_id)
+            self._prefilling.pop(request_id, None)
+            failed = failed or finish == "error"
             if route is None:
                 continue  # cancelled meanwhile
-            if event.finish:
-                del self._routes[event.request_id]
-                self._masks.remove(event.request_id)
+            if finish:
+                del self._routes[request_id]
+                self._masks.remove(request_id)
             stream, index = route
-            stream.push(index, event)
+            stream.push(index, event, ended=bool(finish))
+        if failed:
+            self._tell_if_dead()

@@ -6,6 +6,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from langchain_vllm_server.errors import RequestError
+from langchain_vllm_server.generation import Spacing
 from langchain_vllm_server.responses import DONE, EventStreamResponse, encode_json, sse
 
 if TYPE_CHECKING:
@@ -48,25 +49,29 @@ class ChunkStream:
         self._include_usage = forced or (options is not None and options.include_usage)
         continuous = options is not None and options.include_usage and options.continuous_usage_stats
         self._continuous_usage = forced or continuous
-        self._interval = request.stream_interval or model.stream_interval
+        interval = request.stream_interval or model.stream_interval
+        self._spacing = Spacing(interval) if interval > 1 else None
 
     def response(self) -> EventStreamResponse:
         """The HTTP response."""
         return EventStreamResponse(self._generation, self._chunks())
 
     async def _chunks(self) -> AsyncIterator[bytes]:
+        last = b""
         try:
-            generation, interval = self._generation, self._interval
-            async for news in generation.deltas() if interval == 1 else generation.spaced_deltas(interval):
-                chunk = b"".join(self._events(choice, delta) for choice, delta in news)
+            async for events in self._generation.stream:
+                news = self._generation.news(events)
+                if self._spacing is not None:
+                    news = self._spacing.due(news)
+                chunk = b"".join([self._events(choice, delta) for choice, delta in news])
                 if chunk:
                     yield chunk
             if self._include_usage:
-                usage = b',"usage":' + encode_json(generation.usage())
-                yield sse(self._head + b"]" + self._fingerprint + usage + self._timing() + b"}")
+                usage = b',"usage":' + encode_json(self._generation.usage())
+                last = sse(self._head + b"]" + self._fingerprint + usage + self._timing() + b"}")
         except RequestError as error:
-            yield sse(encode_json(error.envelope()))
-        yield DONE
+            last = sse(encode_json(error.envelope()))
+        yield last + DONE
 
     def _events(self, choice: Choice, delta: Delta) -> bytes:
         """The chunks of a delta; its end and its tokens are told with the last of them."""

@@ -13,7 +13,7 @@ from langchain_vllm_server.errors import BadRequestError, EngineError
 from langchain_vllm_server.sampling import max_tokens
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Sequence
+    from collections.abc import Callable, Sequence
 
     from langchain_vllm_server._engine import Event
     from langchain_vllm_server.async_engine import AsyncEngine, EventStream
@@ -178,55 +178,61 @@ class Choice:
             clock.last_token = event.time
 
 
+class Spacing:
+    """Puts news together: after its first token, a choice has some every `interval` tokens and at its end."""
+
+    def __init__(self, interval: int) -> None:
+        self._interval = interval
+        self._told: dict[int, int] = {}  # choice → tokens at its last news
+        self._held: dict[int, Delta] = {}
+
+    def due(self, news: list[tuple[Choice, Delta]]) -> list[tuple[Choice, Delta]]:
+        """What is to be told now."""
+        due = []
+        for choice, delta in news:
+            whole = self._held.pop(choice.index).followed_by(delta) if choice.index in self._held else delta
+            before = self._told.get(choice.index, 0)
+            if whole.finish_reason is None and before and choice.num_tokens - before < self._interval:
+                self._held[choice.index] = whole
+                continue
+            self._told[choice.index] = choice.num_tokens
+            due.append((choice, whole))
+        return due
+
+
 class Generation:
-    """An HTTP request in flight: its events, turned into deltas of its choices."""
+    """An HTTP request in flight: the events of its stream, turned into deltas of its choices."""
 
     def __init__(
         self, service: Service, stream: EventStream | BeamStream, choices: list[Choice], num_per_prompt: int
     ) -> None:
+        self.stream = stream
         self.choices = choices
         self._num_per_prompt = num_per_prompt
         self._leaders = choices[::num_per_prompt]  # one per prompt
-        self._stream = stream
         self._service = service
 
     def close(self) -> None:
         """Cancel what still runs, and count it as aborted."""
-        self._stream.close()
+        self.stream.close()
         for choice in self.choices:
             if choice.finish_reason is None:
                 choice.finish_reason = "abort"
                 self._count(choice)
 
-    async def deltas(self) -> AsyncIterator[list[tuple[Choice, Delta]]]:
-        """What is new, until all choices have finished. Raises EngineError when the engine fails."""
-        async for events in self._stream:
-            news: dict[int, Delta] = {}
-            for index, event in events:
-                self._push(self.choices[index], event, news.setdefault(index, Delta()))
-            yield [(self.choices[index], delta) for index, delta in news.items()]
-
-    async def spaced_deltas(self, interval: int) -> AsyncIterator[list[tuple[Choice, Delta]]]:
-        """`deltas` put together: after its first token, a choice has news every `interval` tokens and at its end."""
-        told: dict[int, int] = {}  # choice → tokens at its last news
-        held: dict[int, Delta] = {}
-        async for news in self.deltas():
-            due = []
-            for choice, delta in news:
-                whole = held.pop(choice.index).followed_by(delta) if choice.index in held else delta
-                before = told.get(choice.index, 0)
-                if whole.finish_reason is None and before and choice.num_tokens - before < interval:
-                    held[choice.index] = whole
-                    continue
-                told[choice.index] = choice.num_tokens
-                due.append((choice, whole))
-            if due:
-                yield due
+    def news(self, events: Sequence[tuple[int, Event]]) -> list[tuple[Choice, Delta]]:
+        """What events of `stream` add to its choices. Raises EngineError when the engine fails."""
+        deltas: dict[int, Delta] = {}
+        for index, event in events:
+            if index not in deltas:
+                deltas[index] = Delta()
+            self._push(self.choices[index], event, deltas[index])
+        return [(self.choices[index], delta) for index, delta in deltas.items()]
 
     async def collect(self) -> list[Delta]:
         """All of every choice."""
         whole = [Delta() for _ in self.choices]
-        async for events in self._stream:
+        async for events in self.stream:
             for index, event in events:
                 self._push(self.choices[index], event, whole[index])
         return whole
@@ -292,7 +298,7 @@ class Generation:
         if choice.finish_reason is not None:
             self._count(choice)
             if not event.finish:  # a stop string: the engine does not know of it
-                self._stream.cancel(choice.index)
+                self.stream.cancel(choice.index)
 
     def _count(self, choice: Choice) -> None:
         """Tell the metrics that a choice has ended, and with the last one of a prompt that the prompt has."""

@@ -71,6 +71,9 @@ class EventStreamResponse(Response):
     async def _send(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         async for chunk in self._chunks:
+            # The streams that a step wakes write one after the other, each when all have their text: a client that
+            # reads several is woken once.
+            await asyncio.sleep(0)
             await send({"type": "http.response.body", "body": chunk, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 

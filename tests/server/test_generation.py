@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import json
 from itertools import pairwise
 from types import SimpleNamespace
@@ -10,10 +11,13 @@ from hypothesis import strategies as st
 
 from langchain_vllm_server.generation import Choice, Delta, StopStrings
 from langchain_vllm_server.protocol import GenerationRequest
+from langchain_vllm_server.responses import EventStreamResponse
 from tests.server.fakes import byte_tokenizer, running, sse_data
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import AsyncIterator, Sequence
+
+    from starlette.types import Message
 
 TOKENIZER = byte_tokenizer()
 # Few letters, so that stop strings overlap each other and themselves.
@@ -103,3 +107,30 @@ async def test_streaming_gives_what_not_streaming_gives(
     assert streamed[-1]["stop_reason"] == whole["stop_reason"]
     for stop in strings:
         assert include or stop not in whole["text"]
+
+
+async def test_streams_that_a_step_wakes_write_in_a_row() -> None:
+    step = asyncio.get_running_loop().create_future()
+    order: list[str] = []
+
+    def response(name: str) -> EventStreamResponse:
+        async def chunks() -> AsyncIterator[bytes]:
+            await step
+            order.append(f"{name} has its text")
+            yield b"data: {}\n\n"
+
+        return EventStreamResponse(SimpleNamespace(close=lambda: None), chunks())
+
+    async def serve(name: str) -> None:
+        async def send(message: Message) -> None:
+            if message.get("body"):
+                order.append(f"{name} writes")
+
+        await response(name)({}, asyncio.Event().wait, send)  # type: ignore[arg-type]
+
+    async with asyncio.TaskGroup() as streams:
+        for name in "ab":
+            streams.create_task(serve(name))
+        await asyncio.sleep(0.01)
+        step.set_result(None)
+    assert order == ["a has its text", "b has its text", "a writes", "b writes"]
