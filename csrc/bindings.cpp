@@ -213,7 +213,8 @@ void bind_requests(nb::module_& m) {
           [](SamplingParams& p, const std::string& name) { p.pooling = kPoolings.parse("pooling", name); })
       .def_rw("priority", &SamplingParams::priority)
       .def_rw("cache_salt", &SamplingParams::cache_salt)
-      .def_rw("constrained", &SamplingParams::constrained);
+      .def_rw("constrained", &SamplingParams::constrained)
+      .def_rw("eager", &SamplingParams::eager);
 
   nb::class_<Loading>(m, "Loading")
       .def(nb::init<>())

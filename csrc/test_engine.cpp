@@ -158,7 +158,8 @@ void bind_values(nb::module_& m) {
           })
       .def_rw("priority", &SamplingParams::priority)
       .def_rw("cache_salt", &SamplingParams::cache_salt)
-      .def_rw("constrained", &SamplingParams::constrained);
+      .def_rw("constrained", &SamplingParams::constrained)
+      .def_rw("eager", &SamplingParams::eager);
   nb::class_<Event>(m, "Event")
       .def_ro("request_id", &Event::request_id)
       .def_ro("tokens", &Event::tokens)
@@ -173,7 +174,8 @@ void bind_values(nb::module_& m) {
       .def_ro("error", &Event::error)
       .def_ro("num_cached_tokens", &Event::num_cached_tokens)
       .def_ro("scheduled_time", &Event::scheduled_time)
-      .def_ro("time", &Event::time);
+      .def_ro("time", &Event::time)
+      .def_ro("wakes", &Event::wakes);
   nb::class_<ScheduledSequence>(m, "ScheduledSequence")
       .def_ro("num_tokens", &ScheduledSequence::num_tokens)
       .def_prop_ro("catches_up", &catches_up)
@@ -246,9 +248,12 @@ std::optional<std::vector<PlainLetter>> take(Inbox& inbox, bool wait) {
   return out;
 }
 
-void post(Outbox& outbox, const std::vector<std::pair<uint64_t, std::vector<int32_t>>>& plain) {
+void post(Outbox& outbox, const std::vector<std::pair<uint64_t, std::vector<int32_t>>>& plain, bool wakes) {
   std::vector<Event> events(plain.size());
-  for (size_t i = 0; i < plain.size(); ++i) std::tie(events[i].request_id, events[i].tokens) = plain[i];
+  for (size_t i = 0; i < plain.size(); ++i) {
+    std::tie(events[i].request_id, events[i].tokens) = plain[i];
+    events[i].wakes = wakes;
+  }
   outbox.post(std::move(events));
 }
 
@@ -265,7 +270,7 @@ void bind_mailbox(nb::module_& m) {
   nb::class_<Outbox>(m, "Outbox")
       .def(nb::init<>())
       .def("fileno", &Outbox::fileno)
-      .def("post", &post, nb::call_guard<nb::gil_scoped_release>())
+      .def("post", &post, "events"_a, "wakes"_a = true, nb::call_guard<nb::gil_scoped_release>())
       .def("drain", &Outbox::drain, nb::call_guard<nb::gil_scoped_release>());
 }
 

@@ -51,6 +51,7 @@ struct SamplingParams {
   // Each token must be one that the request's constraint allows (engine/masks.h). Then min_tokens holds back
   // stop tokens only where the constraint allows others.
   bool constrained = false;
+  bool eager = true;  // who reads wants every token at once; otherwise the first, and the rest with the last
 };
 
 // One row to sample: a pure function of these and the logits row.

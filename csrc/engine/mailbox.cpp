@@ -3,6 +3,7 @@
 #include <fcntl.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <iterator>
 #include <system_error>
@@ -11,6 +12,11 @@
 #include "base/check.h"
 
 namespace engine {
+namespace {
+
+constexpr size_t kMostAsleep = 1024;  // events without a wake-up: Python reads them in a millisecond or two
+
+}  // namespace
 
 bool Inbox::post(Letter letter) {
   {
@@ -59,21 +65,19 @@ Outbox::~Outbox() {
 void Outbox::post(std::vector<Event> events) {
   if (events.empty()) return;
   const std::lock_guard lock(mutex_);
-  if (events_.empty()) {
-    const char byte = 0;
-    check(write(write_fd_, &byte, 1) == 1, "the outbox's pipe is full or closed");
-    events_ = std::move(events);
-  } else {
-    events_.insert(events_.end(), std::make_move_iterator(events.begin()),
-                   std::make_move_iterator(events.end()));
-  }
+  const bool wakes = std::ranges::any_of(events, &Event::wakes) || events_.size() >= kMostAsleep;
+  events_.insert(events_.end(), std::make_move_iterator(events.begin()),
+                 std::make_move_iterator(events.end()));
+  if (!wakes || std::exchange(readable_, true)) return;
+  const char byte = 0;
+  check(write(write_fd_, &byte, 1) == 1, "the outbox's pipe is full or closed");
 }
 
 std::vector<Event> Outbox::drain() {
   const std::lock_guard lock(mutex_);
-  if (events_.empty()) return {};
   char byte;
-  check(read(read_fd_, &byte, 1) == 1, "the outbox's pipe is empty or closed");
+  if (std::exchange(readable_, false))
+    check(read(read_fd_, &byte, 1) == 1, "the outbox's pipe is empty or closed");
   return std::exchange(events_, {});
 }
 

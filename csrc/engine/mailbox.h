@@ -35,11 +35,11 @@ class Inbox {
   bool closed_ = false;
 };
 
-// Engine → Python. fileno() becomes readable when there is something; at most one wake-up per drain. The
-// engine thread never touches the GIL.
+// Engine → Python. fileno() becomes readable when there is an event that wakes, or so many that reading them
+// would take long; at most one wake-up per drain. The engine thread never touches the GIL.
 //
 // A non-blocking pipe rather than an eventfd: the same code everywhere, and as it never holds more than one
-// byte (readable exactly while there are events) an eventfd would save only a descriptor.
+// byte an eventfd would save only a descriptor.
 class Outbox {
  public:
   Outbox();
@@ -54,6 +54,7 @@ class Outbox {
  private:
   std::mutex mutex_;
   std::vector<Event> events_;
+  bool readable_ = false;
   int read_fd_ = -1, write_fd_ = -1;
 };
 

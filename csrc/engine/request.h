@@ -35,6 +35,7 @@ struct Event {
   int32_t num_cached_tokens = 0;  // of the prompt, found in the prefix cache
   double scheduled_time = 0;      // when the request first ran
   double time = 0;                // when the step ended; for ABORT and ERROR, the last one that did
+  bool wakes = true;              // who reads; otherwise it waits for one that does
 };
 
 struct EngineOptions {

@@ -328,6 +328,8 @@ Event Scheduler::append(Sequence& sequence, Sampled sampled, double now) {
   event.error = sequence.error;
   event.prompt_logprobs = std::exchange(sequence.prompt_logprobs, {});
   event.tokens.assign(sequence.tokens.begin() + static_cast<int64_t>(before), sequence.tokens.end());
+  const bool first = before == static_cast<size_t>(sequence.num_prompt);
+  event.wakes = sequence.params.eager || first || sequence.finish != Finish::NONE;
   stats_.generation_tokens += static_cast<int64_t>(event.tokens.size());
   if (!sampled.logprobs.empty() && !event.tokens.empty())
     event.logprobs.push_back(std::move(sampled.logprobs));

@@ -80,6 +80,7 @@ class SamplingParams:
     priority: int
     cache_salt: str
     constrained: bool  # somebody must answer wait_masks()
+    eager: bool  # every token makes fileno() readable at once; otherwise the first and the last
     def __init__(self) -> None: ...
 
 class Loading:

@@ -40,7 +40,7 @@ class EventStream:
 
     def __init__(self, engine: AsyncEngine, *, eager: bool) -> None:
         self._engine = engine
-        self._eager = eager  # otherwise wake only when all sequences have finished
+        self.eager = eager  # otherwise wake only when all sequences have finished
         self._pending: list[tuple[int, Event]] = []
         self._open: dict[int, int] = {}  # index → request id
         self._error: Exception | None = None
@@ -90,7 +90,7 @@ class EventStream:
         self._wake()
 
     def _ready(self) -> bool:
-        return not self._open or (self._eager and bool(self._pending))
+        return not self._open or (self.eager and bool(self._pending))
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done() and self._ready():
@@ -230,6 +230,7 @@ class AsyncEngine:
         params = self._new_params()
         for name in sampling.__slots__:
             setattr(params, name, getattr(sampling, name))
+        params.eager = stream.eager
         request_id = next(self._ids)
         if constraint is not None:
             params.constrained = True

@@ -37,6 +37,29 @@ def test_outbox_wakes_once_however_much_is_posted() -> None:
     assert os.read(outbox.fileno(), 100) == b"\0"
 
 
+def test_outbox_keeps_what_wakes_nobody_until_something_does() -> None:
+    outbox = Outbox()
+    outbox.post([(1, [1])], wakes=False)
+    assert not readable(outbox)
+    outbox.post([(2, [2])])
+    assert readable(outbox)
+    outbox.post([(1, [3])], wakes=False)
+    assert [e.request_id for e in outbox.drain()] == [1, 2, 1]
+    assert not readable(outbox)
+    outbox.post([(1, [4])], wakes=False)
+    assert [e.request_id for e in outbox.drain()] == [1]  # nobody was woken, and nobody need be
+
+
+def test_outbox_wakes_before_it_holds_too_much() -> None:
+    outbox = Outbox()
+    posted = 0
+    while not readable(outbox):
+        outbox.post([(posted, [1])] * 8, wakes=False)
+        posted += 8
+    assert 1000 < posted < 1100
+    assert len(outbox.drain()) == posted
+
+
 def test_outbox_descriptors_are_private_and_non_blocking() -> None:
     outbox = Outbox()
     assert not os.get_blocking(outbox.fileno())

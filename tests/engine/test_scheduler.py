@@ -190,6 +190,12 @@ def test_a_stop_token_before_min_tokens_does_not_end() -> None:
     assert finishes == ["", "", "stop"]
 
 
+@pytest.mark.parametrize(("eager", "wakes"), [(True, [True] * 4), (False, [True, False, False, True])])
+def test_which_tokens_wake_who_reads(eager: bool, wakes: list[bool]) -> None:
+    request = FakeEngine(num_blocks=4).generate(random_tokens(3), max_tokens=4, eager=eager)
+    assert [event.wakes for event in request.events] == wakes
+
+
 def test_events_tell_when_and_what() -> None:
     engine = FakeEngine(num_blocks=10, max_num_batched_tokens=32)
     request = engine.generate(random_tokens(40), max_tokens=2)

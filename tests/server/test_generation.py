@@ -109,6 +109,13 @@ async def test_streaming_gives_what_not_streaming_gives(
         assert include or stop not in whole["text"]
 
 
+async def test_the_engine_wakes_the_server_for_every_token_of_streams_and_stop_strings_only() -> None:
+    async with running("Hello world") as server:
+        for body in ({}, {"stream": True}, {"stop": "x"}):
+            await server.complete(**body)
+    assert [request.params.eager for request in server.fake.submitted] == [False, True, True]
+
+
 async def test_streams_that_a_step_wakes_write_in_a_row() -> None:
     step = asyncio.get_running_loop().create_future()
     order: list[str] = []
