@@ -212,6 +212,7 @@ async def test_every_sampling_field_reaches_the_engine() -> None:
     eos = server.model.eos_token_ids[0]
     expected = {k: v for k, v in body.items() if k not in ("logprobs", "top_logprobs", "prompt_logprobs")}
     assert params.pop("pooling") == ""
+    assert params.pop("eager") is False  # the answer is not streamed
     assert params == {
         **expected,
         "allowed_token_ids": [1, 2],
