@@ -196,7 +196,7 @@ std::pair<double, double> bench_linear(const std::string& isa, const std::string
   std::vector<std::unique_ptr<Weight>> weights;
   for (size_t i = 0; i <= kUncached / (static_cast<size_t>(rows) * row_bytes(packed, cols)); ++i)
     weights.push_back(
-        pack_weight(pool, arena, {&source, 1}, {}, exact ? Arithmetic::EXACT : Arithmetic::ROUNDED));
+        pack_weight(kernels, pool, arena, {&source, 1}, {}, exact ? Arithmetic::EXACT : Arithmetic::ROUNDED));
   std::vector<float> x(static_cast<size_t>(n * cols), 1.0f), y(static_cast<size_t>(n * rows));
   RoundedRows scratch;
   int calls = 0;

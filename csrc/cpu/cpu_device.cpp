@@ -121,7 +121,7 @@ int CpuDevice::rows_at_once(size_t row_bytes) const {
 }
 
 std::unique_ptr<Weight> CpuDevice::pack(std::span<const Tensor> sources, std::span<const float> bias) {
-  return pack_weight(pool_, arena_, sources, bias, arithmetic_);
+  return pack_weight(kernels_, pool_, arena_, sources, bias, arithmetic_);
 }
 
 std::unique_ptr<Buffer> CpuDevice::upload(std::span<const float> host) {

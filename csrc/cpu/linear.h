@@ -88,6 +88,9 @@ struct LinearKernels {
   // out (end - begin, 16): columns begin to end of one panel, as floats. Both ends are multiples of 32, but
   // that plain floats end where they end.
   void (*expand)(Format format, const std::byte* panel, int64_t begin, int64_t end, float* out);
+  // The other way: all columns of sixteen channels, (cols, 16), to a panel of the format, as quantize_row()
+  // rounds them. INT8 weights are rotated first, in place.
+  void (*round_weights)(Format format, float* columns, int64_t cols, std::byte* panel);
   // x (rows, cols) to out (cols / 32); at most kRowTile rows, cols a multiple of 32.
   void (*quantise)(const float* x, int64_t cols, int rows, QuantisedTile* out);
   // The same with a scale for each row; rotated (cols) is scratch.
@@ -99,8 +102,9 @@ struct LinearKernels {
 
 // The sources stacked by rows, each in its own format. They agree in `cols`; `bias` has one number per row or
 // is empty.
-std::unique_ptr<Weight> pack_weight(ThreadPool& pool, Arena& arena, std::span<const Tensor> sources,
-                                    std::span<const float> bias, Arithmetic arithmetic);
+std::unique_ptr<Weight> pack_weight(const Kernels& kernels, ThreadPool& pool, Arena& arena,
+                                    std::span<const Tensor> sources, std::span<const float> bias,
+                                    Arithmetic arithmetic);
 
 // y (n, weight.rows) = x (n, weight.cols) · weightᵀ + bias.
 void linear(const Kernels& kernels, ThreadPool& pool, const Weight& weight, const float* x, float* y, int n,

@@ -5,6 +5,7 @@
 #include "cpu/linear.h"
 #include "cpu/linear_int8.inl"
 #include "cpu/linear_rows.inl"
+#include "cpu/pack.inl"
 #include "cpu/panel.inl"
 
 namespace engine {
@@ -39,17 +40,6 @@ void expand_quantised(const std::byte* panel, int64_t begin, int64_t end, float*
   }
 }
 
-// Rotates `count` columns of a panel, a power of two of them: back to what they were when they were packed.
-inline void rotate_columns(float* columns, int count) {
-  for (int h = 1; h < count; h *= 2) {
-    for (int i = 0; i < count; ++i) {
-      if (i & h) continue;
-      const F32x16 a = load(columns + 16 * i), b = load(columns + 16 * (i + h));
-      store(columns + 16 * i, a + b);
-      store(columns + 16 * (i + h), a - b);
-    }
-  }
-}
 void expand_int8(const std::byte* panel, int64_t begin, int64_t end, float* out) {
   expand_quantised<BlockInt8>(panel, begin, end, out);
   for (int64_t k = begin; k < end; k += 64, out += 16 * 64) rotate_columns(out, end - k < 64 ? 32 : 64);
@@ -262,7 +252,7 @@ void multiply(const LinearTask& t) {
   }
 }
 
-constexpr LinearKernels kLinear = {multiply, expand, quantise, quantise_rows, nullptr};
+constexpr LinearKernels kLinear = {multiply, expand, round_weights, quantise, quantise_rows, nullptr};
 
 }  // namespace
 }  // namespace engine

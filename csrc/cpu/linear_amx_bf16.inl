@@ -205,7 +205,8 @@ void multiply_by_format(const LinearTask& t) {
   t.bf16 ? multiply_bf16(t) : multiply_amx(t);
 }
 
-constexpr LinearKernels kLinearAmx = {multiply_by_format, expand, quantise, quantise_rows, round_to_bf16};
+constexpr LinearKernels kLinearAmx = {multiply_by_format, expand,        round_weights,
+                                      quantise,           quantise_rows, round_to_bf16};
 
 }  // namespace
 }  // namespace engine

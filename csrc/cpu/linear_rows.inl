@@ -28,6 +28,18 @@ inline void rotate_vectors(F32x16 (&v)[Vectors]) {
   }
 }
 
+// Rotates `count` columns of a panel, a power of two of them. Twice gives `count` times what was.
+inline void rotate_columns(float* columns, int count) {
+  for (int h = 1; h < count; h *= 2) {
+    for (int i = 0; i < count; ++i) {
+      if (i & h) continue;
+      const F32x16 a = load(columns + 16 * i), b = load(columns + 16 * (i + h));
+      store(columns + 16 * i, a + b);
+      store(columns + 16 * (i + h), a - b);
+    }
+  }
+}
+
 // out = x rotated; most_bits, a vector's lanes, are raised to the bits of the largest magnitudes.
 template <int Vectors>
 inline void rotate_block(const float* x, float* out, I32x16& most_bits) {

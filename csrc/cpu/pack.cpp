@@ -114,13 +114,14 @@ void pack_quantised(const std::byte* row, int64_t begin, int64_t end, int lane, 
 }
 
 // A channel's numbers of kTogether columns stand side by side.
-template <class T, int kTogether = 1>
+template <class T, size_t kTogether = 1>
 void pack_plain(const std::byte* row, int64_t begin, int64_t end, int lane, std::byte* out) {
-  auto* lanes = reinterpret_cast<T*>(out) + kTogether * lane;
-  for (int64_t k = begin; k < end; ++k) {
-    const int64_t column = k % kTogether;
-    lanes[kLanes * (k - column) + column] = read<T>(row + static_cast<size_t>(k) * sizeof(T));
-  }
+  constexpr size_t kBytes = kTogether * sizeof(T);
+  const std::byte* from = row + static_cast<size_t>(begin) * sizeof(T);
+  std::byte* to = out + static_cast<size_t>(begin) * kLanes * sizeof(T) + static_cast<size_t>(lane) * kBytes;
+  auto left = static_cast<size_t>(end - begin) * sizeof(T);
+  for (; left >= kBytes; left -= kBytes, from += kBytes, to += kLanes * kBytes) std::memcpy(to, from, kBytes);
+  std::memcpy(to, from, left);
 }
 
 void pack_channel(Format format, const std::byte* row, int64_t begin, int64_t end, int lane, std::byte* out) {
@@ -136,52 +137,34 @@ void pack_channel(Format format, const std::byte* row, int64_t begin, int64_t en
   }
 }
 
-// Rotates as linear_rows.inl does, and divides by the size of the rotation.
-void rotate(std::span<float> row) {
-  for (size_t begin = 0; begin < row.size(); begin += RowTile::kCols) {
-    const std::span<float> x = row.subspan(begin, std::min<size_t>(RowTile::kCols, row.size() - begin));
-    for (size_t h = 1; h < x.size(); h *= 2) {
-      for (size_t i = 0; i < x.size(); ++i) {
-        if (i & h) continue;
-        const float a = x[i], b = x[i + h];
-        x[i] = a + b;
-        x[i + h] = a - b;
-      }
-    }
-    for (float& number : x) number /= static_cast<float>(x.size());
+// Sixteen rows, or the fewer that there are, of one format. Channels and columns beyond the last are zeros.
+void pack_rows(Format format, const std::byte* rows, int count, int64_t cols, std::byte* panel) {
+  if (count < kLanes || cols % kPaddedCols != 0) std::memset(panel, 0, panel_bytes(format, cols));
+  const size_t bytes = row_bytes(format, cols);
+  for (int64_t begin = 0; begin < cols; begin += kPackCols) {
+    const int64_t end = std::min(begin + kPackCols, cols);
+    for (int lane = 0; lane < count; ++lane)
+      pack_channel(format, rows + static_cast<size_t>(lane) * bytes, begin, end, lane, panel);
   }
 }
 
-// Rows [first, first + count) in the source's target format: a view of itself, or what `storage` then holds.
-Tensor converted(const Tensor& source, int64_t first, int64_t count, std::vector<std::byte>& storage) {
-  const size_t from = row_bytes(source.format, source.cols), to = row_bytes(source.target, source.cols);
-  const std::byte* rows = source.data + static_cast<size_t>(first) * from;
-  if (source.format == source.target) return {source.name, source.format, count, source.cols, rows};
-  storage.resize(static_cast<size_t>(count) * to);
-  std::vector<float> row(static_cast<size_t>(source.cols));
-  for (size_t r = 0; r < static_cast<size_t>(count); ++r) {
-    dequantize_row(source.format, rows + r * from, row.data(), source.cols);
-    if (source.target == Format::INT8) rotate(row);
-    quantize_row(source.target, row.data(), storage.data() + r * to, source.cols);
-  }
-  return {source.name, source.target, count, source.cols, storage.data()};
-}
+// What a worker turns a panel into on its way to another format.
+struct Scratch {
+  std::vector<std::byte> stored;  // (panel_bytes) as the checkpoint has it
+  std::vector<float> columns;     // (cols, 16)
+};
 
-// Panel number `index` of a tensor. Channels and columns beyond its last are zeros.
-void pack_panel(const Tensor& tensor, int64_t index, std::byte* out, size_t out_bytes) {
+// Panel number `index` of a tensor.
+void pack_panel(const Kernels& kernels, const Tensor& t, int64_t index, Scratch& scratch, std::byte* panel) {
   const int64_t first = index * kLanes;
-  const int lanes = static_cast<int>(std::min<int64_t>(kLanes, tensor.rows - first));
-  std::vector<std::byte> storage;
-  const Tensor source = converted(tensor, first, lanes, storage);
-  const size_t bytes = row_bytes(source.format, source.cols);
-  if (lanes < kLanes || source.cols % kPaddedCols != 0) std::memset(out, 0, out_bytes);
-  for (int64_t begin = 0; begin < source.cols; begin += kPackCols) {
-    const int64_t end = std::min(begin + kPackCols, source.cols);
-    for (int lane = 0; lane < lanes; ++lane) {
-      const std::byte* row = source.data + static_cast<size_t>(lane) * bytes;
-      pack_channel(source.format, row, begin, end, lane, out);
-    }
-  }
+  const std::byte* rows = t.data + static_cast<size_t>(first) * row_bytes(t.format, t.cols);
+  const int count = static_cast<int>(std::min<int64_t>(kLanes, t.rows - first));
+  if (t.format == t.target) return pack_rows(t.format, rows, count, t.cols, panel);
+  scratch.stored.resize(panel_bytes(t.format, t.cols));
+  scratch.columns.resize(static_cast<size_t>(kLanes * t.cols));
+  pack_rows(t.format, rows, count, t.cols, scratch.stored.data());
+  kernels.linear->expand(t.format, scratch.stored.data(), 0, t.cols, scratch.columns.data());
+  kernels.linear->round_weights(t.target, scratch.columns.data(), t.cols, panel);
 }
 
 Segment next_segment(const PackedWeight& weight, const Tensor& source, Arithmetic arithmetic) {
@@ -210,8 +193,9 @@ size_t panel_bytes(Format format, int64_t cols) {
   return bytes;
 }
 
-std::unique_ptr<Weight> pack_weight(ThreadPool& pool, Arena& arena, std::span<const Tensor> sources,
-                                    std::span<const float> bias, Arithmetic arithmetic) {
+std::unique_ptr<Weight> pack_weight(const Kernels& kernels, ThreadPool& pool, Arena& arena,
+                                    std::span<const Tensor> sources, std::span<const float> bias,
+                                    Arithmetic arithmetic) {
   check(!sources.empty(), "a weight needs a source");
   auto weight = std::make_unique<PackedWeight>();
   weight->cols = sources[0].cols;
@@ -229,11 +213,12 @@ std::unique_ptr<Weight> pack_weight(ThreadPool& pool, Arena& arena, std::span<co
   check(bias.empty() || static_cast<int64_t>(bias.size()) == weight->rows, "a bias has one number per row");
   weight->bias.assign(bias.begin(), bias.end());
   weight->panels = arena.take(weight->num_bytes);
+  std::vector<Scratch> scratch(static_cast<size_t>(pool.size()));
   for (size_t i = 0; i < sources.size(); ++i) {
     const Segment& s = weight->segments[i];
-    pool.run(static_cast<int>(s.num_panels), [&](int panel, int) {
-      pack_panel(sources[i], panel,
-                 weight->panels.get() + s.start + static_cast<size_t>(panel) * s.panel_bytes, s.panel_bytes);
+    pool.run(static_cast<int>(s.num_panels), [&](int panel, int worker) {
+      pack_panel(kernels, sources[i], panel, scratch[static_cast<size_t>(worker)],
+                 weight->panels.get() + s.start + static_cast<size_t>(panel) * s.panel_bytes);
     });
   }
   return weight;
