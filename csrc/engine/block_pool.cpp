@@ -23,7 +23,7 @@ int32_t BlockPool::take_free() {
     return id;
   }
   const bool any_unused = num_used_ < num_blocks();
-  if (any_unused && num_cached_ <= max_cached_) return num_used_++;
+  if (any_unused && (num_used_ < max_cached_ || num_cached_ <= max_cached_ / 2)) return num_used_++;
   const int32_t id = first_cached_;
   if (id >= 0) unlink(id);
   return id;

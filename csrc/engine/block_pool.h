@@ -36,7 +36,9 @@ struct BlockKeyHash {
 
 class BlockPool {
  public:
-  // max_cached: free blocks with contents that do not yet have to make room for a block never used.
+  // max_cached: how many blocks may be in use or hold idle contents before those make room, rather than
+  // blocks never used, for new ones. While more than that are in use, half as many idle ones stay beside
+  // them.
   explicit BlockPool(int32_t num_blocks, int32_t max_cached = INT32_MAX);
   BlockPool(const BlockPool&) = delete;
   BlockPool& operator=(const BlockPool&) = delete;

@@ -24,6 +24,7 @@ class BlockPoolMachine(RuleBasedStateMachine):
         self.max_cached = max_cached
         self.empty: list[int] = []  # free, used before; the last one is reused first
         self.unused = list(range(num_blocks))
+        self.used = 0
         self.idle: list[int] = []  # free and cached, in order of reuse
         self.cached: dict[Key, int] = {}
         self.ids: dict[Key, int] = {}  # of the cached ones
@@ -43,8 +44,9 @@ class BlockPoolMachine(RuleBasedStateMachine):
         block = self.pool.allocate()
         if self.empty:
             assert block == self.empty.pop()
-        elif self.unused and len(self.idle) <= self.max_cached:
+        elif self.unused and (self.used < self.max_cached or len(self.idle) <= self.max_cached // 2):
             assert block == self.unused.pop(0)
+            self.used += 1
         elif self.idle:
             assert block == self.idle.pop(0)
         else:
@@ -137,6 +139,16 @@ def test_an_evicted_prefix_never_comes_back_under_its_old_name() -> None:
     assert pool.find(0, tokens(1)) == -1
     new = pool.publish(block, 0, tokens(1))
     assert new != old
+
+
+def test_many_blocks_in_use_leave_less_room_for_idle_ones() -> None:
+    """Up to max_cached blocks none makes room for new ones; from there on half as many idle ones stay."""
+    pool = BlockPool(8, max_cached=4)
+    for fill in range(3):
+        pool.publish(pool.allocate(), 0, tokens(fill))
+    for block in range(3):
+        pool.release(block)
+    assert [pool.allocate() for _ in range(5)] == [3, 0, 4, 5, 6]
 
 
 def test_one_token_of_difference_is_another_key() -> None:
