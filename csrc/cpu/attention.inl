@@ -286,38 +286,58 @@ void attend_partition(const AttentionTile& tile, const float* packed, int partit
   weigh_seen<Cache>(tile, partition, scores, states);
 }
 
-// Both states brought to their common maximum. A row that saw nothing on one side keeps the other side's
-// bits.
-void combine_row(float* into, const float* from, int columns) {
-  const float max_into = into[columns], sum_into = into[columns + 1];
-  const float max_from = from[columns], sum_from = from[columns + 1];
-  if (sum_from == 0) return;
-  if (sum_into == 0) {
-    for (int i = 0; i < columns + kLanes; i += 16) store(into + i, load(from + i));
-    return;
+// What both sides of up to sixteen rows shrink by when they are brought to their common maximum, and that.
+struct Common {
+  float max[16], sum[16], shrink_into[16], shrink_from[16];
+};
+
+// `into` and `from`: at the maximum and the sum of the first row. One exponential does for all rows.
+inline Common common_scale(const float* into, const float* from, int num_rows, int size) {
+  float max_into[16] = {}, sum_into[16] = {}, max_from[16] = {}, sum_from[16] = {};
+  for (int row = 0; row < num_rows; ++row) {
+    max_into[row] = into[row * size];
+    sum_into[row] = into[row * size + 1];
+    max_from[row] = from[row * size];
+    sum_from[row] = from[row * size + 1];
   }
-  const F32x16 common = max(broadcast(max_into), broadcast(max_from));
-  const F32x16 shrink_into = exp(broadcast(max_into) - common),
-               shrink_from = exp(broadcast(max_from) - common);
-  for (int i = 0; i < columns; i += 16)
-    store(into + i, fma(load(from + i), shrink_from, load(into + i) * shrink_into));
-  const F32x16 total = fma(broadcast(sum_from), shrink_from, broadcast(sum_into) * shrink_into);
-  store_first(into + columns, common, 1);
-  store_first(into + columns + 1, total, 1);
+  const F32x16 common = max(load(max_into), load(max_from));
+  const F32x16 shrink_into = exp(load(max_into) - common), shrink_from = exp(load(max_from) - common);
+  Common c;
+  store(c.max, common);
+  store(c.sum, fma(load(sum_from), shrink_from, load(sum_into) * shrink_into));
+  store(c.shrink_into, shrink_into);
+  store(c.shrink_from, shrink_from);
+  return c;
 }
 
+// A row that saw nothing on one side keeps the other side's bits.
 void combine(float* into, const float* from, int num_rows, int head_dim) {
-  const int size = row_state_size(head_dim);
-  for (int row = 0; row < num_rows; ++row)
-    combine_row(into + row * size, from + row * size, padded(head_dim));
+  const int columns = padded(head_dim), size = row_state_size(head_dim);
+  for (int first = 0; first < num_rows; first += 16) {
+    const int rows = least(16, num_rows - first);
+    const Common c = common_scale(into + columns, from + columns, rows, size);
+    for (int row = 0; row < rows; ++row, into += size, from += size) {
+      if (from[columns + 1] == 0) continue;
+      if (into[columns + 1] == 0) {
+        for (int i = 0; i < size; i += 16) store(into + i, load(from + i));
+        continue;
+      }
+      const F32x16 shrink_into = broadcast(c.shrink_into[row]), shrink_from = broadcast(c.shrink_from[row]);
+      for (int i = 0; i < columns; i += 16)
+        store(into + i, fma(load(from + i), shrink_from, load(into + i) * shrink_into));
+      into[columns] = c.max[row];
+      into[columns + 1] = c.sum[row];
+    }
+  }
 }
 
 void finish(const float* states, int num_rows, int head_dim, float* out) {
   const int columns = padded(head_dim), size = row_state_size(head_dim);
   for (int row = 0; row < num_rows; ++row, states += size, out += head_dim) {
-    const F32x16 total = broadcast(states[columns + 1]);
-    for (int i = 0; i < head_dim; i += 16)
-      store_first(out + i, load(states + i) / total, least(16, head_dim - i));
+    const F32x16 share = broadcast(1 / states[columns + 1]);
+    int i = 0;
+    for (; i + 16 <= head_dim; i += 16) store(out + i, load(states + i) * share);
+    if (i < head_dim) store_first(out + i, load(states + i) * share, head_dim - i);
   }
 }
 
@@ -347,7 +367,7 @@ constexpr AttentionKernels kAttention = {
     {store_head<F32Cache>, store_head<F16Cache>, store_head<BF16Cache>, store_head_int8},
     {pack, pack, pack, pack_int8},
     {attend_partition<F32Cache>, attend_partition<F16Cache>, attend_partition<BF16Cache>,
-     attend_partition<Int8Cache>},
+     attend_partition_int8},
     combine,
     finish,
     rotate,

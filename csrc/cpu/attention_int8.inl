@@ -13,10 +13,6 @@
 namespace engine {
 namespace {
 
-struct Int8Cache {
-  using Number = int8_t;
-};
-
 constexpr int kMaxInt8HeadDim = 512;
 
 // Rows that are multiplied together: with kRows the compiler does not keep the sums in registers.
@@ -71,17 +67,23 @@ inline void rotate_head(const float* x, int head_dim, float* out) {
   }
 }
 
-// q (n rounded up to 16) = x / scale, rounded; returns the scale, a NaN if an x is no finite number.
-inline float quantise_head(const float* x, int n, int8_t* q) {
+// q (n rounded up to 16) = x / scale, rounded, and Σq; returns the scale, a NaN if an x is no finite
+// number.
+inline float quantise_head(const float* x, int n, int8_t* q, float* sum_of_q = nullptr) {
+  const auto vector = [x, n](int i) { return i + 16 <= n ? load(x + i) : load_first(x + i, n - i); };
   I32x16 most_bits = zero_i32();
-  for (int i = 0; i < n; i += 16)
-    most_bits = max(bits(load_first(x + i, n - i < 16 ? n - i : 16)) & 0x7fffffff, most_bits);
+  for (int i = 0; i < n; i += 16) most_bits = max(bits(vector(i)) & 0x7fffffff, most_bits);
   const int32_t largest = reduce_max(most_bits);
   const float most = __builtin_bit_cast(float, largest);
   const bool finite = largest < 0x7f800000;
   const F32x16 inverse = broadcast(finite && most > kSmallest ? 127.0f / most : 0.0f);
-  for (int i = 0; i < n; i += 16)
-    store_i8(q + i, round(load_first(x + i, n - i < 16 ? n - i : 16) * inverse));
+  F32x16 total = zero();
+  for (int i = 0; i < n; i += 16) {
+    const F32x16 rounded = round(vector(i) * inverse);
+    total = total + rounded;
+    store_i8(q + i, rounded);
+  }
+  if (sum_of_q) *sum_of_q = finite ? sum(total) : 0;
   return finite ? most * (1.0f / 127) : __builtin_nanf("");
 }
 
@@ -128,12 +130,11 @@ void pack_int8(const AttentionTile& tile, float* packed) {
     alignas(64) float rotated[kMaxInt8HeadDim];
     alignas(64) int8_t q[kMaxInt8HeadDim];
     rotate_head(query, tile.head_dim, rotated);
-    out.scales[row] = quantise_head(rotated, tile.head_dim, q) * scale;
+    float sum_of_q;
+    out.scales[row] = quantise_head(rotated, tile.head_dim, q, &sum_of_q) * scale;
     int32_t* words = const_cast<int32_t*>(out.rows(tile, row));
-    int32_t sum = 0;
-    for (int i = 0; i < tile.head_dim; ++i) sum += q[i];
     for (int i = 0; i < tile.head_dim / 4; ++i) __builtin_memcpy(words + i * kRows, q + 4 * i, 4);
-    out.starts[row] = -128 * sum;
+    out.starts[row] = -128 * static_cast<int32_t>(sum_of_q);
   }
 }
 
@@ -197,8 +198,7 @@ void score_rows_int8(const AttentionTile& tile, const PackedQueries& queries, in
     score_blocks_int8<R, 1>(tile, queries, row, key, scores + row * kPartition + key % kPartition);
 }
 
-template <>
-void score<Int8Cache>(const AttentionTile& tile, const float* packed, int begin, int end, float* scores) {
+void score_int8(const AttentionTile& tile, const float* packed, int begin, int end, float* scores) {
   const PackedQueries queries(tile, packed);
   const int rows = num_rows(tile);
   int row = 0;
@@ -209,27 +209,57 @@ void score<Int8Cache>(const AttentionTile& tile, const float* packed, int begin,
   });
 }
 
-// One row's weights times its values' scales as bytes, for the blocks of keys [begin, end), all within
-// `start` + kPartition; returns the bytes' scale. Keys that the row does not see get 0, whatever lies there.
-inline float quantise_weights(const AttentionTile& tile, Range own, int start, int begin, int end,
-                              float* weights, uint8_t* p) {
-  I32x16 most_bits = zero_i32();
-  for (int key = begin; key < end; key += kBlockSize) {
-    float* w = weights + key - start;
-    const bool any = key + kBlockSize > own.begin && key < own.end;
-    const F32x16 weight = any ? load(w) : zero();
-    const F32x16 scaled = weight * load(int8_head(tile, key).value_scales);
-    const F32x16 seen = where_less(zero(), weight, scaled, zero());
-    most_bits = max(bits(seen) & 0x7fffffff, most_bits);
-    store(w, seen);
+// A row's keys within a partition, whose first is key 0 here.
+struct RowKeys {
+  Range own;  // that it sees
+  int begin() const { return own.begin / kBlockSize * kBlockSize; }
+  int end() const { return padded(own.end); }
+  // a for the keys of the block at `key` that the row sees, `rest` for the others.
+  F32x16 only(F32x16 a, int key, float rest) const {
+    if (key >= own.begin && key + kBlockSize <= own.end) return a;
+    return within(a, own.begin - key, own.end - key, rest);
   }
+};
+
+inline RowKeys row_keys(const AttentionTile& tile, int row, int partition) {
+  const Range own = seen(tile, row / tile.group, partition);
+  if (own.begin >= own.end) return {{0, 0}};
+  return {{own.begin - partition * kPartition, own.end - partition * kPartition}};
+}
+
+inline float max_score(RowKeys keys, const float* scores) {
+  F32x16 most = broadcast(-__builtin_inff());
+  for (int key = keys.begin(); key < keys.end(); key += kBlockSize)
+    most = max(keys.only(load(scores + key), key, -__builtin_inff()), most);
+  return reduce_max(most);
+}
+
+// Turns scores into e^(score - max) times the values' scales, of which it returns the largest (a NaN if one
+// is no finite number); sum_of_weights: of the powers alone.
+inline float scaled_weights(RowKeys keys, float max_score, const float* value_scales, float* scores,
+                            float* sum_of_weights) {
+  const F32x16 log2e = broadcast(1.44269504f), shift = broadcast(max_score);
+  F32x16 total = zero();
+  I32x16 most_bits = zero_i32();
+  for (int key = keys.begin(); key < keys.end(); key += kBlockSize) {
+    const F32x16 weight = rough_exp2((load(scores + key) - shift) * log2e);
+    const F32x16 scaled = keys.only(weight * load(value_scales + key), key, 0);
+    total = total + keys.only(weight, key, 0);
+    most_bits = max(bits(scaled), most_bits);
+    store(scores + key, scaled);
+  }
+  *sum_of_weights = sum(total);
   const int32_t largest = reduce_max(most_bits);
-  const float most = __builtin_bit_cast(float, largest);
-  const bool finite = largest < 0x7f800000;
-  const F32x16 inverse = broadcast(finite && most > kSmallest ? 255.0f / most : 0.0f);
-  for (int key = begin; key < end; key += kBlockSize)
-    store_u8(p + key - start, round(load(weights + key - start) * inverse));
-  return finite ? most * (1.0f / 255) : __builtin_nanf("");
+  return largest < 0x7f800000 ? __builtin_bit_cast(float, largest) : __builtin_nanf("");
+}
+
+// p = weights / largest as bytes for the blocks of keys [begin, end): those that the row does not see get 0.
+inline void store_weights(RowKeys keys, const float* weights, float largest, int begin, int end, uint8_t* p) {
+  const F32x16 inverse = broadcast(largest > kSmallest ? 255.0f / largest : 0.0f);
+  for (int key = begin; key < end; key += kBlockSize) {
+    const bool any = key >= keys.begin() && key < keys.end();
+    store_u8(p + key, any ? load(weights + key) * inverse : zero());
+  }
 }
 
 // states[r][16 c..] = scale of row r · Σ p[r][key] · value[key] over keys [begin, end), both multiples of
@@ -269,21 +299,36 @@ void weigh_rows_int8(const AttentionTile& tile, const uint8_t (*p)[kPartition], 
     weigh_values_int8<R, 1>(tile, p, scales, start, begin, end, column, states);
 }
 
-// All rows go over all keys that any of them sees: what a row does not see weighs 0.
-template <>
-void weigh_seen<Int8Cache>(const AttentionTile& tile, int partition, float* scores, float* states) {
+// All rows go over all keys that any of them sees: what a row does not see weighs 0. Each step is taken for
+// several rows before the next, since it would wait for its own result.
+void attend_partition_int8(const AttentionTile& tile, const float* packed, int partition, float* scores,
+                           float* states) {
   const int start = partition * kPartition, size = row_state_size(tile.head_dim);
   const int begin = seen(tile, 0, partition).begin / kBlockSize * kBlockSize;
   const int end = padded(seen(tile, tile.num_tokens - 1, partition).end);
+  score_int8(tile, packed, begin, end, scores);
+  alignas(64) float value_scales[kPartition];
+  for (int key = begin; key < end; key += kBlockSize)
+    store(value_scales + key - start, load(int8_head(tile, key).value_scales));
   for (int row = 0; row < num_rows(tile); row += kRows) {
     const int rows = least(kRows, num_rows(tile) - row);
+    RowKeys keys[kRows];
     alignas(64) uint8_t p[kRows][kPartition];
-    float scales[kRows];
-    for (int r = 0; r < rows; ++r) {
-      const Range own = seen(tile, (row + r) / tile.group, partition);
-      scales[r] = quantise_weights(tile, own, start, begin, end, scores + (row + r) * kPartition, p[r]);
-    }
+    float* row_scores = scores + row * kPartition;
     float* out = states + row * size;
+    float scales[kRows];
+    const auto state = [&](int r) { return out + (r + 1) * size - kLanes; };
+    for (int r = 0; r < rows; ++r) {
+      keys[r] = row_keys(tile, row + r, partition);
+      state(r)[0] = max_score(keys[r], row_scores + r * kPartition);
+    }
+    for (int r = 0; r < rows; ++r)
+      scales[r] =
+          scaled_weights(keys[r], state(r)[0], value_scales, row_scores + r * kPartition, &state(r)[1]);
+    for (int r = 0; r < rows; ++r) {
+      store_weights(keys[r], row_scores + r * kPartition, scales[r], begin - start, end - start, p[r]);
+      scales[r] *= 1.0f / 255;
+    }
     int done = 0;
     for (; done + kQueryRows <= rows; done += kQueryRows)
       weigh_rows_int8<kQueryRows, kVectors>(tile, p + done, scales + done, start, begin, end,

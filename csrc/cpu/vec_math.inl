@@ -27,6 +27,27 @@ inline F32x16 exp(F32x16 x) {
   return where_less(x, broadcast(lowest), zero(), scale_by_power(power, n));
 }
 
+// 2^x to a factor of 1 ± 7.5e-5 for x <= 0, of numbers that are rounded to eight bits afterwards; 2^-125
+// below -125; NaN stays NaN. The polynomial of degree 3 is the one of least maximal relative error for |f| <=
+// 1/2.
+inline F32x16 rough_exp2(F32x16 x) {
+  const F32x16 in = max(broadcast(-125), x);
+  const F32x16 n = round(in), f = in - n;
+  F32x16 power = broadcast(0.055171322f);
+  power = fma(power, f, broadcast(0.24261133f));
+  power = fma(power, f, broadcast(0.6932611f));
+  power = fma(power, f, broadcast(0.99992806f));
+  return scale_by_power(power, n);
+}
+
+// a in the lanes [begin, end), `rest` in the others.
+inline F32x16 within(F32x16 a, int begin, int end, float rest) {
+  static constexpr float numbers[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  const F32x16 lane = load(numbers), other = broadcast(rest);
+  const F32x16 from = where_less(lane, broadcast(static_cast<float>(begin)), other, a);
+  return where_less(lane, broadcast(static_cast<float>(end)), from, other);
+}
+
 // x[i ^ Bit] ± x[i]: one stage of the fast Walsh-Hadamard transform within a vector.
 template <int Bit>
 inline F32x16 butterfly(F32x16 x) {

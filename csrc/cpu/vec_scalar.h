@@ -132,10 +132,11 @@ inline I32x16 broadcast_i32(const void* p) {
 inline void store_i8(int8_t* p, F32x16 a) {
   for (int i = 0; i < 16; ++i) p[i] = std::abs(a.v[i]) <= 127 ? static_cast<int8_t>(a.v[i]) : int8_t{0};
 }
-// The same for lanes of 0 to 255.
+// To sixteen bytes, rounded. Lanes round to 0 to 255; of others the byte is any.
 inline void store_u8(uint8_t* p, F32x16 a) {
+  const F32x16 r = round(a);
   for (int i = 0; i < 16; ++i)
-    p[i] = a.v[i] >= 0 && a.v[i] <= 255 ? static_cast<uint8_t>(a.v[i]) : uint8_t{0};
+    p[i] = r.v[i] >= 0 && r.v[i] <= 255 ? static_cast<uint8_t>(r.v[i]) : uint8_t{0};
 }
 // Lane i is a's lane i ^ Bit.
 template <int Bit>

@@ -23,6 +23,8 @@ from tests.kernels.test_attention import (
 )
 from tests.kernels.weights import DEVICES, few
 
+EXP2 = 7.6e-5  # relative error of the exponential whose values are rounded to bytes
+
 every_isa = pytest.mark.parametrize("isa", DEVICES)
 
 
@@ -54,8 +56,9 @@ def reference(cfg: dict[str, Any], qkv: F32, isa: str) -> tuple[F64, F64]:
     """Attention in float64 over the bytes, and how far off the kernel may be.
 
     In integers queries are bytes, too, and beyond the roundings of f32 (two products for a score; see
-    test_attention.reference for the rest) a weight times its value's scale is rounded to a byte: off by half a step, a
-    step being a 255th of the largest in its partition. CUDA's sums are in f32 instead, and that is all.
+    test_attention.reference for the rest) exponentials are good to EXP2 only, and a weight times its value's scale is
+    rounded to a byte: off by half a step, a step being a 255th of the largest in its partition. CUDA's exponentials and
+    sums are in f32 instead, and that is all.
     """
     in_integers, sums = isa != "cuda", sums_per_product(isa, "INT8")
     heads, kv_heads, dim = cfg["num_attention_heads"], cfg["num_key_value_heads"], cfg["head_dim"]
@@ -87,7 +90,7 @@ def reference(cfg: dict[str, Any], qkv: F32, isa: str) -> tuple[F64, F64]:
     weights /= weights.sum(axis=2, keepdims=True)
     scaled = weights * v_scales.T[:, None, :]
     out = np.einsum("hqk,khd->qhd", scaled, v_bytes)
-    relative = 2 * error + (sums * PARTITION + 4 * n / PARTITION + 20) * U
+    relative = 2 * error + (sums * PARTITION + 4 * n / PARTITION + 20) * U + (2 * EXP2 if in_integers else 0)
     bound = np.einsum("hqk,khd->qhd", scaled * relative, np.abs(v_bytes))
     for start in range(0, n, PARTITION) if in_integers else []:
         part = slice(start, start + PARTITION)
@@ -117,6 +120,17 @@ def test_context_lengths(isa: str, tokens: int) -> None:
     cfg = config(6, 2, 32)
     qkv = random_qkv(cfg, tokens, seed=0)
     check(cfg, qkv, Run(cfg, isa, "INT8", threads=2)([qkv], [[tokens]])[0], isa)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_exponentials(isa: str) -> None:
+    """The second of two tokens, whose own value is 0: v w / (w + w'), w's byte being exact."""
+    cfg = config(64, 64, 16)
+    qkv = random_qkv(cfg, 2, seed=0)
+    qkv[1, 2 * 64 * 16 :] = 0
+    expected = reference(cfg, qkv, isa)[0][1]
+    off = np.abs(Run(cfg, isa, "INT8")([qkv], [[2]])[0][1] - expected)
+    assert np.all(off <= np.abs(expected) * (2 * EXP2 + 200 * U))  # scores below 10, off by 8 roundings of each
 
 
 @every_isa
