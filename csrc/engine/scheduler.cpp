@@ -21,6 +21,9 @@ int32_t blocks_for(int64_t num_tokens) {
 // fewer than 64 would waste the weights that a step reads (benchmarks/LOG.md).
 constexpr int32_t kPromptTokensPerAnswer = 8, kLeastPromptTokens = 64;
 
+// More prompts than this are a burst. Fewer, read together, would end and come back together.
+constexpr int32_t kBurst = 8;
+
 int32_t behind(const Sequence& sequence) {
   return sequence.size() - sequence.num_computed;
 }
@@ -153,8 +156,11 @@ Scheduler::Budget Scheduler::budget() const {
   const int32_t tokens = options_.max_num_batched_tokens;
   const auto answers = static_cast<int32_t>(
       std::ranges::count_if(running_, [](const Sequence* sequence) { return behind(*sequence) == 1; }));
-  if (answers == 0) return {tokens, tokens};
-  const int32_t share = std::max(kLeastPromptTokens, kPromptTokensPerAnswer * answers);
+  const auto admissible = std::min(sequences_.size(), size_t(options_.max_num_seqs));
+  const int32_t prompts = static_cast<int32_t>(admissible) - answers;
+  const bool burst = prompts > std::max(answers, kBurst);
+  const int32_t share =
+      answers == 0 || burst ? tokens : std::max(kLeastPromptTokens, kPromptTokensPerAnswer * answers);
   return {tokens, std::max(1, std::min(share, tokens - answers))};
 }
 

@@ -3,7 +3,8 @@
 // preemption by recompute follow from it.
 //
 // A step takes as long as it has tokens, so while answers run, those that read a prompt share a budget in
-// proportion to the number of answers: nobody's answer stalls for the length of another one's prompt.
+// proportion to the number of answers: nobody's answer stalls for the length of another one's prompt. But in
+// a burst the majority decides: while more wait for a first token than for the next, prompts get whole steps.
 //
 // Lower priority numbers come first, and first come, first served among equals: running_ and waiting_ are
 // each in that order, and what is preempted is the last that runs. Only where all priorities are equal is

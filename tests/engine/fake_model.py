@@ -121,11 +121,10 @@ class FakeEngine:
 
     def step(self) -> list[Ran]:
         self.now += 1
-        running = self.live[: self.scheduler.stats()["num_running"]]
-        answers = sum(self.requests[i].size - self.computed.get(i, 0) == 1 for i in running)
+        allowed = self._allowed_for_prompts()
         step = self.scheduler.schedule(self.now)
         ran = [Ran(s.id, s.num_computed, s.num_tokens, s.blocks) for s in step]
-        self._check_step(step, answers)
+        self._check_step(step, allowed)
         for scheduled in step:
             self._forward(scheduled)
         for scheduled in step:
@@ -152,7 +151,14 @@ class FakeEngine:
         self.run()
         return self.requests[request_id]
 
-    def _check_step(self, step: Sequence[ScheduledSequence], answers: int) -> None:
+    def _allowed_for_prompts(self) -> int:
+        running = self.live[: self.scheduler.stats()["num_running"]]
+        answers = sum(self.requests[i].size - self.computed.get(i, 0) == 1 for i in running)
+        prompts = min(len(self.live), self.max_num_seqs) - answers
+        share = self.budget if not answers or prompts > max(answers, 8) else max(64, 8 * answers)
+        return max(1, min(share, self.budget - answers))
+
+    def _check_step(self, step: Sequence[ScheduledSequence], allowed: int) -> None:
         stats = self.scheduler.stats()
         ids = [s.id for s in step]
         used = sum(s.num_tokens for s in step)
@@ -163,7 +169,6 @@ class FakeEngine:
         assert all(s.num_tokens > 0 for s in step)
         readers = [s for s in step if len(s.tokens) - s.num_computed > 1]
         read = sum(s.num_tokens for s in readers)
-        allowed = max(1, min(max(64, 8 * answers), self.budget - answers)) if answers else self.budget
         assert read <= allowed
         assert all(s.catches_up for s in readers[:-1]), "first come, first served"
         if used == self.budget or read == allowed:

@@ -13,6 +13,7 @@ from tests.engine.fake_model import VOCAB, FakeEngine, assert_all_as_alone, num_
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from typing import Any
 
     from langchain_vllm_server._engine_test import ScheduledSequence
 
@@ -106,6 +107,25 @@ def test_a_long_prompt_does_not_hold_up_answers() -> None:
     assert read[2:8] == [64] * 6, "beside the last of them, then beside the first prompt's"
     assert sum(read) == 600
     assert_all_as_alone(engine)
+
+
+def test_a_burst_is_read_before_the_few_go_on() -> None:
+    """Of more than eight prompts, as far as they can be admitted, whole steps while more wait than answer."""
+
+    def read_beside_an_answer(num_prompts: int, **options: Any) -> list[int]:
+        engine = FakeEngine(num_blocks=200, max_num_batched_tokens=256, **options)
+        engine.submit(random_tokens(8, seed=0), max_tokens=80)
+        engine.step()
+        for seed in range(num_prompts):
+            engine.submit(random_tokens(100, seed=seed + 1), max_tokens=80)
+        read = [sum(s.num_tokens for s in step if s.num_tokens > 1) for step in engine.run()]
+        assert_all_as_alone(engine)
+        return read
+
+    assert read_beside_an_answer(12)[:3] == [255, 253, 64], "beside one answer, three, six"
+    assert read_beside_an_answer(20)[:4] == [255, 253, 250, 248], "the last beside eight"
+    assert read_beside_an_answer(8)[:3] == [64] * 3
+    assert read_beside_an_answer(12, max_num_seqs=9)[:3] == [64] * 3
 
 
 def test_no_more_than_max_num_seqs_run() -> None:
