@@ -204,7 +204,7 @@ def _serving_compute(results: Results, engine: str, workload: str) -> Limit | No
 
 
 def _compute(results: Results, engine: str, macs_per_s: float, at_least: float | None = None) -> Limit | None:
-    """What is not quantised is multiplied in f32 (on a GPU in bf16 parts of it, by AMX in bf16), and has no target."""
+    """What is not quantised is multiplied in f32 (on GPUs in bf16 parts of it, by some ISAs too), and has no target."""
     exact = engine == "ours:bf16"
     name, of_exact = ("bf16_gmacs", "bf16 tensor-core") if is_of_gpu(results) else ("fma_gmacs", "f32")
     peak = _peak(results, name if exact else "dot_gmacs")

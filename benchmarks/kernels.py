@@ -4,7 +4,7 @@
 
 Speed is given as GMAC/s, as GB/s of weights (or keys and values) read, and as a share of what the same cores reach in
 registers: integer dot products where weights and activations are bytes, f32 multiply-adds for plain floats and where
-the multiply is exact (AMX multiplies BF16 faster than those). Quantised formats and BF16 are measured twice: with
+the multiply is exact (AMX and AVX512-BF16 multiply BF16 faster). Quantised formats and BF16 are measured twice: with
 rounded activations, as the engine multiplies them unless told otherwise, and exactly, as --dtype float32 does. INT8 is
 what --quantization int8 makes of floats. Weights are read from as many copies as no cache holds, in turn, as a forward
 pass does. K-quants come in multiples of 256 columns: 576 becomes 512.

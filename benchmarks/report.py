@@ -145,8 +145,8 @@ def _comparisons(results: Results) -> Iterator[str]:
         yield ratio_table(results, GGUF_AGAINST_INT8)
     if "ours:bf16" in measured and {"llama.cpp:BF16", "vllm:bf16"} & {*measured}:
         yield (
-            "On the bf16 checkpoint, without quantisation (with AMX, activations are rounded to bf16 for a multiply, "
-            "as vLLM's are):"
+            "On the bf16 checkpoint, without quantisation (with AMX or AVX512-BF16, activations are rounded to bf16 "
+            "for a multiply, as vLLM's are):"
         )
         yield ratio_table(results, EXACT, exact=True)
 

@@ -61,6 +61,18 @@ auto quantize(const std::string& name, Vector values) {
   return array(std::move(out), {bytes});
 }
 
+// (groups, kRowTile, 32): what is made of at most kRowTile rows, in memory that was all ones.
+auto round_to_bf16(const std::string& isa, Matrix x) {
+  check(x.shape(0) <= kRowTile, "more rows than a tile has");
+  std::vector<Bf16Tile> tiles((x.shape(1) + 31) / 32);
+  std::memset(tiles.data(), 0xff, tiles.size() * sizeof(Bf16Tile));
+  kernels_named(isa).linear->round_to_bf16(x.data(), static_cast<int64_t>(x.shape(1)),
+                                           static_cast<int>(x.shape(0)), tiles.data());
+  std::vector<uint16_t> out(tiles.size() * kRowTile * 32);
+  std::memcpy(out.data(), tiles.data(), tiles.size() * sizeof(Bf16Tile));
+  return array(std::move(out), {tiles.size(), kRowTile, 32});
+}
+
 // A packed weight with the device that multiplies it.
 class Linear {
  public:
@@ -262,6 +274,7 @@ void bind_linear(nb::module_& m) {
   });
   m.def("dequantize", &dequantize, "format"_a, "data"_a, "cols"_a);
   m.def("quantize", &quantize, "format"_a, "values"_a);
+  m.def("round_to_bf16", &round_to_bf16, "isa"_a, "x"_a);
   m.def("bench_linear", &bench_linear, "isa"_a, "format"_a, "rows"_a, "cols"_a, "n"_a, "threads"_a,
         "seconds"_a, "exact"_a, nb::call_guard<nb::gil_scoped_release>());
   m.def("bench_peaks", &bench_peaks, "isa"_a, "threads"_a, nb::call_guard<nb::gil_scoped_release>());

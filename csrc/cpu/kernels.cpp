@@ -55,6 +55,19 @@ bool runs_avx512vnni() {
   return runs_avx512() && has_features(0, 0, vnni);
 }
 
+bool runs_avx512bf16() {
+  constexpr unsigned bf16 = 1u << 5;
+  unsigned a, b, c, d;
+  return runs_avx512vnni() && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & bf16) != 0;
+}
+
+// AMD's take a pair of bf16 numbers in the time of one f32 (Zen 4: 118 against 59 GMAC/s a core), Intel's in
+// that of four (Sapphire Rapids: 40 against 80). A rule rather than a measurement: results depend on it.
+bool multiplies_bf16_fast() {
+  unsigned a, b, c, d;
+  return __get_cpuid(0, &a, &b, &c, &d) && b == signature_AMD_ebx;
+}
+
 // Linux gives the tiles' 8 KiB of state to a process that asks, for all its threads; it may refuse, as when a
 // thread's signal stack has no room for them (Documentation/arch/x86/xstate.rst).
 bool runs_amx() {
@@ -74,7 +87,10 @@ std::vector<const Kernels*> supported_kernels() {
   std::vector<const Kernels*> supported;
 #if defined(ENGINE_X86)
   if (runs_amx()) supported.push_back(&kAmxKernels);
+  const bool bf16 = runs_avx512bf16(), fast = bf16 && multiplies_bf16_fast();
+  if (fast) supported.push_back(&kAvx512Bf16Kernels);
   if (runs_avx512vnni()) supported.push_back(&kAvx512VnniKernels);
+  if (bf16 && !fast) supported.push_back(&kAvx512Bf16Kernels);
   if (runs_avx512()) supported.push_back(&kAvx512Kernels);
   if (runs_avx2()) supported.push_back(&kAvx2Kernels);
 #endif

@@ -21,7 +21,7 @@ struct PointwiseKernels;  // pointwise.h
 struct PeakKernels;       // peak.h
 
 struct Kernels {
-  const char* name;  // "scalar", "avx2", "avx512", "avx512vnni", "amx"
+  const char* name;  // "scalar", "avx2", "avx512", "avx512vnni", "avx512bf16", "amx"
   const LinearKernels* linear;
   const AttentionKernels* attention;
   const PointwiseKernels* pointwise;
@@ -39,6 +39,7 @@ extern const Kernels kScalarKernels;
 extern const Kernels kAvx2Kernels;
 extern const Kernels kAvx512Kernels;
 extern const Kernels kAvx512VnniKernels;
+extern const Kernels kAvx512Bf16Kernels;
 extern const Kernels kAmxKernels;
 
 }  // namespace engine

@@ -4,10 +4,12 @@
 // of multiply-adds over the columns in order, starting at the bias. Or in integers, for quantised weights:
 // activations become bytes, 32 columns sharing a scale, and every output is a chain over those groups in
 // order; for INT8, whose channels have one scale each, so have the rows of activations (linear_rows.inl). Or
-// in bf16, for BF16 weights with AMX: activations become bf16 (to nearest even), products are exact, and
-// every output is a chain in f32 over 32 columns at a time, whose even and odd ones are chains of their own;
-// subnormal numbers count as zeros. Without AMX such weights are multiplied exactly. Each way depends neither
-// on the number of rows or threads, nor, the first two, on whether AVX2, AVX-512 or AMX runs it.
+// in bf16, for BF16 weights with AMX or AVX512-BF16: activations become bf16 (to nearest even), products are
+// exact, and sums round to nearest even and take subnormal numbers for zeros, whatever the thread's mode.
+// With AMX every output is a chain in f32 over 32 columns at a time, whose even and odd ones are chains of
+// their own; with AVX512-BF16 one chain over pairs of columns, the odd one of each first. Elsewhere such
+// weights are multiplied exactly. Each way depends neither on the number of rows or threads, nor, the first
+// two, on whether AVX2, AVX-512 or AMX runs it.
 #pragma once
 
 #include <cstddef>

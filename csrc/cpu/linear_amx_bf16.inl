@@ -1,17 +1,13 @@
 // The multiply of one LinearTask with BF16 weights and activations in bf16. With the tiles of AMX: sixteen
 // rows times sixteen channels, summed over 32 columns by one instruction. One row takes vectors, which read
-// memory faster, and compute what a tile would bit for bit. Weights are read where they lie. Included by
-// isa_amx.cpp alone, after linear_amx.inl.
+// memory faster, and compute what a tile would bit for bit. Included by isa_amx.cpp alone, after
+// linear_amx.inl.
 #pragma once
 
-#include "cpu/linear.h"
-#include "cpu/panel.inl"
+#include "cpu/linear_bf16.inl"
 
 namespace engine {
 namespace {
-
-constexpr size_t kResidentBytes = size_t{512} << 10;  // of weights, beside as many of activations
-constexpr int64_t kTileNumbers = 16 * kPaddedCols;    // bf16 weights in a tile: a kibibyte
 
 // sums += x · w, pair of columns after pair: exact products, f32 sums of the even and of the odd columns,
 // added up in the end. Rounds to nearest even and takes subnormal numbers, also results, for zeros (Intel SDM
@@ -19,19 +15,6 @@ constexpr int64_t kTileNumbers = 16 * kPaddedCols;    // bf16 weights in a tile:
 template <int Sums, int X, int W>
 inline void tile_multiply_bf16() {
   __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(Sums), "i"(X), "i"(W));
-}
-
-// What rows that do not exist would be in a tile is left as it was.
-void round_to_bf16(const float* x, int64_t cols, int rows, Bf16Tile* out) {
-  for (int64_t k = 0; k < cols; k += 32, ++out) {
-    const int first = static_cast<int>(cols - k < 16 ? cols - k : 16);
-    const int second = static_cast<int>(cols - k < 32 ? cols - k - first : 16);
-    for (int r = 0; r < rows; ++r) {
-      const float* from = x + r * cols + k;
-      store_bf16(out->x[r], load_channels(from, first));
-      store_bf16(out->x[r] + 16, load_channels(from + first, second));
-    }
-  }
 }
 
 // Tiles 0 to 3 hold sums, 4 and 5 rows of x, 6 and 7 weights, a pair of columns to a row.
@@ -45,22 +28,10 @@ inline void configure_bf16_tiles(int rows) {
   __asm__ volatile("ldtilecfg %0" ::"m"(config));
 }
 
-struct Bf16Block {
-  const uint16_t* w;  // panels, w_stride numbers apart
-  int64_t w_stride;
-  int64_t ahead;      // bytes by which weights are asked for in advance; 0: they are there
-  const Bf16Tile* x;  // (row tiles, groups)
-  int64_t groups;
-  const float* bias;  // (channels) or null
-  float* y;           // (rows, channels), rows y_stride apart
-  int64_t y_stride;
-  int channels, rows;
-};
-
 template <int Sums>
 inline void start_sums(const Bf16Block& b, int panel) {
-  alignas(64) float bias[16] = {};
-  if (b.bias) store(bias, load_channels(b.bias + 16 * panel, b.channels - 16 * panel));
+  alignas(64) float bias[16];
+  store(bias, bias_of(b, panel));
   tile_load<Sums>(bias, 0);  // the same for every row
 }
 
@@ -88,17 +59,17 @@ void multiply_bf16_block(const Bf16Block& b) {
   if constexpr (R == 2) start_sums<2>(b, 0);
   if constexpr (P == 2 && R == 2) start_sums<3>(b, 1);
   for (int64_t group = 0; group < b.groups; ++group) {
-    const uint16_t* w = b.w + group * kTileNumbers;
+    const uint16_t *w = b.w + group * kTileNumbers, *x = b.x + group * kTileNumbers;
     if (b.ahead > 0) {
       prefetch_tile(w, b.ahead);
       if constexpr (P == 2) prefetch_tile(w + b.w_stride, b.ahead);
     }
-    tile_load<4>(b.x + group, 64);
+    tile_load<4>(x, 64);
     tile_load<6>(w, 64);
     tile_multiply_bf16<0, 4, 6>();
     if constexpr (P == 2) tile_load<7>(w + b.w_stride, 64);
     if constexpr (P == 2) tile_multiply_bf16<1, 4, 7>();
-    if constexpr (R == 2) tile_load<5>(b.x + b.groups + group, 64);
+    if constexpr (R == 2) tile_load<5>(x + b.groups * kTileNumbers, 64);
     if constexpr (R == 2) tile_multiply_bf16<2, 5, 6>();
     if constexpr (P == 2 && R == 2) tile_multiply_bf16<3, 5, 7>();
   }
@@ -116,9 +87,9 @@ constexpr Bf16Function kBf16Blocks[2][2] = {{multiply_bf16_block<1, 1>, multiply
 template <int P>
 void multiply_bf16_row(const Bf16Block& b) {
   F32x16 sum[P];
-  for (int p = 0; p < P; ++p) sum[p] = b.bias ? load_channels(b.bias + 16 * p, b.channels - 16 * p) : zero();
+  for (int p = 0; p < P; ++p) sum[p] = bias_of(b, p);
   for (int64_t group = 0; group < b.groups; ++group) {
-    const uint16_t *w = b.w + group * kTileNumbers, *x = b.x[group].x[0];
+    const uint16_t *w = b.w + group * kTileNumbers, *x = b.x + group * kTileNumbers;
     F32x16 even[P], odd[P];
     for (int p = 0; p < P; ++p) even[p] = odd[p] = zero();
 #pragma GCC unroll 4
@@ -140,53 +111,24 @@ constexpr int kRowPanels = 4;  // read side by side
 constexpr Bf16Function kBf16Rows[kRowPanels] = {multiply_bf16_row<1>, multiply_bf16_row<2>,
                                                 multiply_bf16_row<3>, multiply_bf16_row<4>};
 
-Bf16Block bf16_block(const LinearTask& t, int64_t ahead) {
-  Bf16Block b{};
-  b.w = reinterpret_cast<const uint16_t*>(t.panels);
-  b.w_stride = static_cast<int64_t>(t.panel_bytes / sizeof *b.w);
-  b.ahead = ahead;
-  b.x = t.bf16;
-  b.groups = (t.cols + 31) / 32;
-  b.bias = t.bias;
-  b.y = t.y;
-  b.y_stride = t.y_stride;
-  b.channels = t.num_channels;
-  b.rows = t.num_rows;
-  return b;
-}
-
 // As ahead_of(), but farther: a tile is asked for in one go.
 inline int64_t bf16_ahead_of(const LinearTask& t) {
   constexpr int64_t nearby = 8192;
   return ahead_of(t) > nearby ? ahead_of(t) : nearby;
 }
 
-// Rows [first, first + count) of a task's, first a multiple of kRowTile.
-LinearTask bf16_rows_of(LinearTask t, int first, int count) {
-  t.bf16 += first / kRowTile * ((t.cols + 31) / 32);
-  t.y += first * t.y_stride;
-  t.num_rows = min_int(count, t.num_rows - first);
-  return t;
-}
-
-// Panels that stay in the second-level cache, all of them for two tiles of rows before the next two: what is
-// written of y then lies together.
 void multiply_bf16_tiles(const LinearTask& t) {
-  constexpr int at_once = 2;
-  const int resident = 2 + static_cast<int>(kResidentBytes / t.panel_bytes) / 2 * 2;
+  constexpr int panels_at_once = 2, rows_at_once = 2 * kRowTile;
   configure_bf16_tiles(min_int(kRowTile, t.num_rows));
-  prefetch_start(t, at_once);
-  for (int first = 0; first < t.num_panels; first += resident) {
-    const LinearTask panels = panels_of(t, first, resident);
-    for (int row = 0; row < t.num_rows; row += 2 * kRowTile) {
-      const LinearTask rows = bf16_rows_of(panels, row, 2 * kRowTile);
-      for (int p = 0; p < rows.num_panels; p += at_once) {
-        const LinearTask part = panels_of(rows, p, at_once);
-        const int64_t ahead = row == 0 ? bf16_ahead_of(part) : 0;
-        kBf16Blocks[part.num_panels - 1][part.num_rows > kRowTile](bf16_block(part, ahead));
-      }
+  prefetch_start(t, panels_at_once);
+  for_resident_panels(t, panels_at_once, rows_at_once, [](const LinearTask& panels, int row) {
+    for (int p = 0; p < panels.num_panels; p += panels_at_once) {
+      const LinearTask part = panels_of(panels, p, panels_at_once);
+      Bf16Block block = bf16_block(part, row, rows_at_once);
+      if (row == 0) block.ahead = bf16_ahead_of(part);
+      kBf16Blocks[part.num_panels - 1][block.rows > kRowTile](block);
     }
-  }
+  });
   __asm__ volatile("tilerelease");  // or the system would save them whenever another thread runs
 }
 
@@ -196,7 +138,7 @@ void multiply_bf16(const LinearTask& t) {
   _mm_setcsr(mode | 0x8040);  // subnormal numbers are zeros (FTZ and DAZ), as they are to tiles
   for (int p = 0; p < t.num_panels; p += kRowPanels) {
     const LinearTask part = panels_of(t, p, kRowPanels);
-    kBf16Rows[part.num_panels - 1](bf16_block(part, 0));
+    kBf16Rows[part.num_panels - 1](bf16_block(part, 0, 1));
   }
   _mm_setcsr(mode);
 }

@@ -3,8 +3,8 @@
 // columns, for the quantised formats the sixteen channels' blocks, interleaved: Panel<Block>. A block keeps
 // exactly its information and (Q4_K and Q5_K but for 3 %) its size.
 //
-// BF16's pairs are as AMX multiplies them, and its columns are filled up with zeros to a multiple of
-// kPaddedCols, a whole tile.
+// BF16's pairs are as AMX and AVX512-BF16 multiply them, and its columns are filled up with zeros to a
+// multiple of kPaddedCols, a whole tile.
 //
 // Quants are unsigned. A 32-bit lane belongs to one channel and holds four consecutive columns as bytes, the
 // first one lowest, or eight as nibbles: columns 0..3 in the low nibbles, 4..7 in the high ones. So one load,

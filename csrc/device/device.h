@@ -54,8 +54,8 @@ class Buffer {  // RAII over device memory; f32
 
 // What weights are multiplied with. EXACT: f32 activations, the weights being the f32 numbers they stand for.
 // ROUNDED: activations as coarse as the weights, where that is faster. For quantised weights they become
-// bytes, and products are summed as integers; for BF16 ones they become bf16 on a CPU with AMX
-// (cpu/linear.h).
+// bytes, and products are summed as integers; for BF16 ones they become bf16 on CPUs that multiply
+// it fast (cpu/linear.h).
 enum class Arithmetic : uint8_t { EXACT, ROUNDED };
 
 class Device {

@@ -98,7 +98,7 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
         Flag(
             "--dtype",
             "of plain (not quantised) weights, auto keeps each tensor's own; float32 also rounds no activations: "
-            "quantised weights are not multiplied in integers, nor bfloat16 ones in bfloat16 (CPUs with AMX)",
+            "quantised weights are not multiplied in integers, nor bfloat16 ones in bfloat16 (AMX; Zen 4, 5)",
             _FLOATS,
         ),
         Flag(

@@ -139,7 +139,9 @@ def test_multiplying_in_integers(gguf: Path, tokens: list[int], record_property:
     assert 0 < found <= MAX_DIVERGENCE  # 0: it did not multiply in integers at all
 
 
-@pytest.mark.skipif(_kernels_test.selected_isa() != "amx", reason="needs a CPU with AMX")
+@pytest.mark.skipif(
+    _kernels_test.selected_isa() not in ("amx", "avx512bf16"), reason="needs a CPU that multiplies bf16 numbers"
+)
 def test_multiplying_in_bf16(floats: Path, tokens: list[int], record_property: Any) -> None:
     exact, rounded = (our_model(floats, max_tokens=CHUNK, num_blocks=128, exact=exact) for exact in (True, False))
     found = divergence(exact, rounded, tokens)

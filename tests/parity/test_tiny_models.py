@@ -253,7 +253,7 @@ def test_matrices_rounded_at_load(asked: str, dtype: torch.dtype, tmp_path: Path
 
 
 def test_bf16_activations_cost_less_than_bf16_throughout(tmp_path: Path) -> None:
-    """Where they are rounded for the multiply (AMX), everything else is f32; transformers rounds all it computes."""
+    """Where the multiply rounds them (AMX, AVX512-BF16), all else is f32; transformers rounds all it computes."""
     reference = make_llama(tmp_path, torch.bfloat16)
     tokens = random_tokens(LENGTH, 1)
     model = our_model(tmp_path, exact=False)
