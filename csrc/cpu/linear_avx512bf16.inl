@@ -80,7 +80,8 @@ void multiply_by_format(const LinearTask& t) {
   t.bf16 ? multiply_bf16(t) : multiply(t);
 }
 
-constexpr LinearKernels kLinearBf16 = {multiply_by_format, expand, quantise, quantise_rows, round_to_bf16};
+constexpr LinearKernels kLinearBf16 = {multiply_by_format, expand,        round_weights,
+                                       quantise,           quantise_rows, round_to_bf16};
 
 }  // namespace
 }  // namespace engine
