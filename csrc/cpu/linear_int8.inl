@@ -109,13 +109,24 @@ class InPanel {
   int first_;
 };
 
+// 32 columns of a tile's rows from `row` on. Pointers to the first of them: what lies behind is then at an
+// offset that the compiler knows, where an index would cost it a register for every number.
+struct QuantisedRows {
+  const int32_t (*q)[8];
+  const float *scale, *sum;
+  const int32_t* minus;
+
+  QuantisedRows(const QuantisedTile& x, int row)
+      : q(x.q + row), scale(x.scale + row), sum(x.sum + row), minus(x.minus[0] + row) {}
+};
+
 // -zero · Σq: where a sum of q · quant starts that is to end as the sum of q · (quant - zero).
 template <class Block>
-inline I32x16 start_of(const QuantisedTile& x, int row, int s) {
+inline I32x16 start_of(const QuantisedRows& x, int row, int s) {
   constexpr int zero = BlockLayout<Block>::kZero;
   if constexpr (zero == 0) return zero_i32();
   const int part = Int8Layout<Block>::kScales == 1 ? 0 : 1 + s;
-  return shift_left(broadcast_i32(&x.minus[part][row]), __builtin_ctz(zero | 1 << 8));
+  return shift_left(broadcast_i32(x.minus + part * kRowTile + row), __builtin_ctz(zero | 1 << 8));
 }
 
 struct Int8Tile {
@@ -133,26 +144,25 @@ struct Int8Tile {
 
 // sum += scale · x.scale · Σ x.q · (quant - zero) for scale number s of 32 columns.
 template <class Block, int P, int R>
-inline void add_products(const InPanel<Block> (&w)[P], const QuantisedTile& x, int row, int s,
-                         F32x16 (&sum)[R][P]) {
+inline void add_products(const InPanel<Block> (&w)[P], const QuantisedRows& x, int s, F32x16 (&sum)[R][P]) {
   using Format = Int8Layout<Block>;
   I32x16 dots[R][P];
   for (int r = 0; r < R; ++r) {
-    for (int p = 0; p < P; ++p) dots[r][p] = start_of<Block>(x, row + r, s);
+    for (int p = 0; p < P; ++p) dots[r][p] = start_of<Block>(x, r, s);
   }
 #pragma GCC unroll 8
   for (int i = 0; i < Format::kFours; ++i) {
     I32x16 four[P];
     for (int p = 0; p < P; ++p) four[p] = w[p].four(s, i);
     for (int r = 0; r < R; ++r) {
-      const I32x16 q = broadcast_i32(&x.q[row + r][s * Format::kFours + i]);
+      const I32x16 q = broadcast_i32(&x.q[r][s * Format::kFours + i]);
       for (int p = 0; p < P; ++p) dots[r][p] = add_dot<Format::kSmallQuants>(dots[r][p], four[p], q);
     }
   }
   F32x16 scale[P];
   for (int p = 0; p < P; ++p) scale[p] = w[p].scale_of(s);
   for (int r = 0; r < R; ++r) {
-    const F32x16 x_scale = broadcast(x.scale[row + r]);
+    const F32x16 x_scale = broadcast(x.scale[r]);
     for (int p = 0; p < P; ++p) {
       const F32x16 dot = to_float(dots[r][p]);
       sum[r][p] = fma(kPerChannel<Block> ? dot : dot * scale[p], x_scale, sum[r][p]);
@@ -162,11 +172,11 @@ inline void add_products(const InPanel<Block> (&w)[P], const QuantisedTile& x, i
 
 // sum += offset · x.sum
 template <class Block, int P, int R>
-inline void add_offsets(const InPanel<Block> (&w)[P], const QuantisedTile& x, int row, F32x16 (&sum)[R][P]) {
+inline void add_offsets(const InPanel<Block> (&w)[P], const QuantisedRows& x, F32x16 (&sum)[R][P]) {
   F32x16 offset[P];
   for (int p = 0; p < P; ++p) offset[p] = w[p].offset_of();
   for (int r = 0; r < R; ++r) {
-    const F32x16 x_sum = broadcast(x.sum[row + r]);
+    const F32x16 x_sum = broadcast(x.sum[r]);
     for (int p = 0; p < P; ++p) sum[r][p] = fma(offset[p], x_sum, sum[r][p]);
   }
 }
@@ -180,12 +190,12 @@ void multiply_tile_int8(const Int8Tile& t) {
     bias[p] = t.bias ? load_channels(t.bias + 16 * p, t.channels - 16 * p) : zero();
     for (int r = 0; r < R; ++r) sum[r][p] = kPerChannel<Block> ? zero() : bias[p];
   }
-  const int row = t.first_row;
   for (int64_t group = 0; group < t.groups; ++group) {
     InPanel<Block> w[P];
     for (int p = 0; p < P; ++p) w[p] = {t.w + static_cast<size_t>(p) * t.w_stride, group, t.ahead};
-    for (int s = 0; s < Int8Layout<Block>::kScales; ++s) add_products<Block>(w, t.x[group], row, s, sum);
-    if constexpr (Int8Layout<Block>::kHasOffset) add_offsets(w, t.x[group], row, sum);
+    const QuantisedRows x(t.x[group], t.first_row);
+    for (int s = 0; s < Int8Layout<Block>::kScales; ++s) add_products<Block>(w, x, s, sum);
+    if constexpr (Int8Layout<Block>::kHasOffset) add_offsets(w, x, sum);
   }
   for (int p = 0; p < P; ++p) {
     for (int r = 0; r < R; ++r) {
