@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import time
 from typing import Any
 
 import pytest
@@ -149,16 +148,13 @@ async def test_a_short_text_does_not_wait_for_a_look_at_all_tokens(server: Serve
 async def test_nobody_waits_for_the_encoding_of_a_long_text(prompt: Any) -> None:
     async with running(max_model_len=2_000_000) as server:
         server.model.tokenizer.longest_token  # noqa: B018 (told once)
-        begin = time.monotonic()
         request = asyncio.ensure_future(server.complete(prompt, max_tokens=1, n=1))
-        longest = 0.0
+        turns = 0
         while not (server.fake.submitted or request.done()):
-            before = time.monotonic()
             await asyncio.sleep(0)
-            longest = max(longest, time.monotonic() - before)
-        total = time.monotonic() - begin
+            turns += 1
         assert (await request).status_code == 200
-        assert longest < total / 3
+        assert turns >= 100  # a few would do for a request that is encoded in one go
 
 
 async def test_long_texts_are_encoded_all_the_same() -> None:
